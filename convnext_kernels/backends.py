@@ -1,0 +1,168 @@
+"""What can run here and, if not, why not: one list of reasons serves the choice, `explain` and the error text."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from convnext_kernels import build
+
+BACKENDS = ("cuda", "triton", "reference")
+"""Every backend, the preferred one first."""
+
+MINIMUM_CAPABILITY = (8, 0)
+
+_requested: ContextVar[str] = ContextVar("convnext_kernels_backend", default="auto")
+_explaining: ContextVar[bool] = ContextVar("convnext_kernels_explaining", default=False)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call takes (None: the one asked for cannot run) and what speaks against each of them."""
+
+    operator: str
+    requested: str
+    backend: str | None
+    reasons: Mapping[str, Sequence[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: {self.backend or 'cannot run'} (asked for: {self.requested})"]
+        for backend, reasons in self.reasons.items():
+            lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can run'}")
+        return "\n".join(lines)
+
+
+class ExplanationReached(Exception):
+    """Carries the explanation out of a call that `explain` stops where its backend is chosen."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        super().__init__(str(explanation))
+        self.explanation = explanation
+
+
+class BackendError(RuntimeError):
+    """The backend asked for by name cannot run this call; the message says why."""
+
+
+def check_backend(backend: str) -> str:
+    """Returns `backend` if it is a known name, else raises ValueError."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: got {backend!r}; accepted: 'auto', {', '.join(map(repr, BACKENDS))}")
+    return backend
+
+
+def requested_backend(backend: str | None) -> str:
+    """The backend of a call: its own argument, else that of the enclosing `use_backend`, else "auto"."""
+    return _requested.get() if backend is None else check_backend(backend)
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the context, every operator called without a `backend` of its own uses this one.
+
+    Args:
+        backend: "auto", "cuda", "triton" or "reference". A named backend that cannot run a call raises there.
+    """
+    token = _requested.set(check_backend(backend))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Within the context, `choose` raises `ExplanationReached` instead of letting the operator run."""
+    token = _explaining.set(True)
+    try:
+        yield
+    finally:
+        _explaining.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its CPU interpreter, decided by the environment when Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_reasons(device: torch.device, dtype: torch.dtype, by_name: bool) -> list[str]:
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            reasons.append(f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed")
+    elif device.type != "cpu":
+        reasons.append(f"the tensors are on {device.type}; Triton's kernels are for CUDA")
+    elif not interpreting():
+        reasons.append("the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
+    elif not by_name:
+        reasons.append("Triton's interpreter checks kernels and is slow; it is used only when asked for by name")
+    if dtype == torch.float64:
+        reasons.append("float64 has no Triton kernels")
+    return reasons
+
+
+def _cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    reasons = list(build.missing_reasons())
+    if device.type != "cuda":
+        reasons.append(f"the tensors are on {device.type}")
+    if dtype == torch.float64:
+        reasons.append("float64 has no CUDA kernels")
+    return reasons
+
+
+@cache
+def machine_reasons(backend: str, device: torch.device, dtype: torch.dtype, by_name: bool) -> tuple[str, ...]:
+    """What on this machine and in this build speaks against a backend, whatever the operator."""
+    if backend == "triton":
+        return tuple(_triton_reasons(device, dtype, by_name))
+    if backend == "cuda":
+        return tuple(_cuda_reasons(device, dtype))
+    return ()
+
+
+@cache
+def _warn_slow_path(operator: str, reasons: str) -> None:
+    warnings.warn(f"{operator} runs the plain PyTorch reference on a GPU: {reasons}", stacklevel=2)
+
+
+def choose(operator: str, requested: str, input: Tensor, limits: Mapping[str, Sequence[str]]) -> str:
+    """The backend that runs this call: the one asked for, or for "auto" the first with nothing against it.
+
+    Args:
+        operator: the operator's public name, for messages.
+        requested: "auto" or a backend's name.
+        input: the tensor whose device and dtype decide.
+        limits: for each backend that the operator has, what in this call speaks against it.
+
+    Raises:
+        BackendError: the backend asked for by name cannot run the call.
+    """
+    reasons: dict[str, tuple[str, ...]] = {}
+    chosen = None
+    for backend in BACKENDS:
+        if backend in limits:
+            by_name = requested == backend
+            reasons[backend] = (*machine_reasons(backend, input.device, input.dtype, by_name), *limits[backend])
+        else:
+            reasons[backend] = (f"{operator} has no {backend} kernels yet",)
+        if chosen is None and not reasons[backend] and requested in ("auto", backend):
+            chosen = backend
+    if _explaining.get():
+        raise ExplanationReached(Explanation(operator, requested, chosen, reasons))
+    if chosen is None:
+        raise BackendError(f"{operator}: backend {requested!r} cannot run: {'; '.join(reasons[requested])}")
+    if chosen == "reference" and requested == "auto" and input.is_cuda:
+        _warn_slow_path(operator, "; ".join(f"{name}: {', '.join(reasons[name])}" for name in BACKENDS[:-1]))
+    return chosen

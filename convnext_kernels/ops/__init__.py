@@ -1,0 +1,1 @@
+"""One folder per operator: its public function, reference, schema and gradient, kernels and configurations."""

@@ -1,0 +1,1 @@
+"""What several operators share: checks, layouts, registration, Triton's device functions and its matrix product."""

@@ -1,0 +1,91 @@
+"""How an operator becomes known to PyTorch: schema, fake, choice of backend, gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convnext_kernels.backends import choose
+
+LIBRARY = torch.library.Library("convnext_kernels", "DEF")
+
+MODULES = {"reference": "reference", "triton": "triton_kernel", "cuda": "cuda_kernel"}
+
+Limits = Callable[..., Mapping[str, Sequence[str]]]
+
+
+@cache
+def _backend_module(folder: str, backend: str) -> ModuleType:
+    """The module of a backend, imported when it is first used: Triton may not be installed."""
+    return import_module(f"convnext_kernels.ops.{folder}.{MODULES[backend]}")
+
+
+def define(
+    folder: str, name: str, function: str, schema: str, *, fake: Callable[..., Any], limits: Limits
+) -> torch._ops.OpOverload:
+    """Registers `convnext_kernels::NAME`, run by `function` in the module of the backend chosen for each call.
+
+    Args:
+        folder: the operator's folder under `ops`.
+        name: the registered name; also the one in messages.
+        function: which function of the backend's module is called, with the schema's arguments but the last.
+        schema: arguments and results, without defaults. The first argument decides device and dtype, the last is
+            `str backend`.
+        fake: the results' shapes, dtypes, strides and devices, from the same arguments.
+        limits: what in the call's arguments speaks against each backend that the operator has.
+    """
+
+    def implementation(*arguments: Any) -> Any:
+        *arguments_but_backend, backend = arguments
+        input: Tensor = arguments[0]
+        chosen = choose(name, backend, input, limits(*arguments_but_backend))
+        run = getattr(_backend_module(folder, chosen), function)
+        if torch.is_autocast_enabled(input.device.type):
+            with torch.autocast(input.device.type, enabled=False):
+                return run(*arguments_but_backend)
+        return run(*arguments_but_backend)
+
+    LIBRARY.define(f"{name}{schema}")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"convnext_kernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.convnext_kernels, name).default
+
+
+def below_autograd(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """Calls an operator from inside its own autograd function."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+    """Makes `function` the operator's gradient; calls that need none go straight to the kernels."""
+
+    def autograd(*arguments: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return function.apply(*arguments)
+        return below_autograd(operator, *arguments)
+
+    LIBRARY.impl(operator._schema.name.split("::")[1], autograd, "Autograd")
+
+
+def requested_gradients(
+    gradients: Sequence[Tensor], wanted: Sequence[bool], dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor | None, ...]:
+    """What an autograd function returns: each wanted gradient in its tensor's dtype, None in place of the others.
+
+    Backward operators return parameters' gradients in float32 and an empty tensor for what is not wanted.
+    """
+    return tuple(
+        gradient.to(dtype) if want else None for gradient, want, dtype in zip(gradients, wanted, dtypes, strict=True)
+    )
+
+
+def dtypes_of(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    """The tensors' dtypes, None for those that are None."""
+    return [None if tensor is None else tensor.dtype for tensor in tensors]

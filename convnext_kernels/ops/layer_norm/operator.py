@@ -1,0 +1,91 @@
+"""Schema, fake, gradient and choice of backend of LayerNorm over channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from convnext_kernels.ops.common.layouts import channels, empty_like, nothing, statistics_dtype
+from convnext_kernels.ops.common.registration import below_autograd, define, differentiate, dtypes_of, requested_gradients
+
+MAXIMUM_TRITON_CHANNELS = 8192
+"""The Triton kernel holds a whole token in registers."""
+
+
+def channel_limits(input: Tensor) -> dict[str, list[str]]:
+    """What the number of channels has against each backend."""
+    too_many = f"{channels(input)} channels; the Triton kernel holds up to {MAXIMUM_TRITON_CHANNELS} in registers"
+    return {"triton": [too_many] if channels(input) > MAXIMUM_TRITON_CHANNELS else [], "reference": []}
+
+
+def _fake_forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = input.numel() // channels(input)
+    if not save:
+        return empty_like(input), nothing(input), nothing(input)
+    dtype = statistics_dtype(input)
+    return empty_like(input), input.new_empty(tokens, dtype=dtype), input.new_empty(tokens, dtype=dtype)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_like(input) if wanted[0] else nothing(input),
+        mean.new_empty(channels(input)) if wanted[1] else nothing(input),
+        mean.new_empty(channels(input)) if wanted[2] else nothing(input),
+    )
+
+
+FORWARD = define(
+    "layer_norm",
+    "layer_norm",
+    "forward",
+    "(Tensor input, Tensor? weight, Tensor? bias, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    limits=lambda input, *_: channel_limits(input),
+)
+
+BACKWARD = define(
+    "layer_norm",
+    "layer_norm_backward",
+    "backward",
+    "(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor rstd, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+    limits=lambda grad_output, *_: channel_limits(grad_output),
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, mean, rstd = below_autograd(FORWARD, input, weight, bias, eps, True, backend)
+        ctx.save_for_backward(input, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.backend = backend
+        ctx.dtypes = dtypes_of(input, weight, bias)
+        return output, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, rstd = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        gradients = BACKWARD(grad_output, input, weight, mean, rstd, wanted, ctx.backend)
+        return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None, None)
+
+
+differentiate(FORWARD, _LayerNorm)

@@ -1,0 +1,114 @@
+"""The pointwise MLP of a ConvNeXt block with layer scale, stochastic depth and residual."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from convnext_kernels.backends import requested_backend
+from convnext_kernels.ops.common.checks import (
+    autocast,
+    check_choice,
+    check_input,
+    check_parameter,
+    check_positive,
+    check_tensor,
+)
+from convnext_kernels.ops.common.layouts import channels
+from convnext_kernels.ops.mlp.operator import FORWARD
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+def _check_residual(residual: Tensor | None, input: Tensor) -> None:
+    if residual is None:
+        return
+    check_tensor("residual", residual)
+    if residual.shape != input.shape or residual.device != input.device:
+        got = f"shape {list(residual.shape)} on {residual.device}"
+        raise ValueError(f"residual: got {got}; accepted: the input's {list(input.shape)} on {input.device}")
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual: got dtype {residual.dtype}; accepted: the input's {input.dtype}")
+
+
+def mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path_factor: Tensor | None = None,
+    residual: Tensor | None = None,
+    grn_weight: Tensor | None = None,
+    grn_bias: Tensor | None = None,
+    grn_eps: float = 1e-6,
+    activation: str = "gelu",
+    backend: str | None = None,
+) -> Tensor:
+    """The second half of a ConvNeXt block, per token (pixel) u of image n:
+
+        out = residual + drop_path_factor[n] * layer_scale * (grn(gelu(u weight1' + bias1)) weight2' + bias2)
+
+    where grn, the `global_response_norm` of ConvNeXt V2, and every term given as None are left out. Products of 16-bit
+    tensors accumulate in float32; those of float32 tensors follow PyTorch's TF32 setting
+    (`torch.set_float32_matmul_precision`). Saves for backward, when a gradient is asked for, input and pre-activation.
+
+    Args:
+        input: images [N, C, H, W] or tokens [N, L, C], float16, bfloat16, float32 (float64: reference only).
+            Channels-last memory is native; other strides are copied once. N may be 0.
+        weight1: [hidden, C]. bias1: [hidden] or None.
+        weight2: [C, hidden]. bias2: [C] or None.
+        layer_scale: [C] or None.
+        drop_path_factor: [N] or None: the stochastic-depth factor of each image, 0 or 1 / keep probability. It gets no
+            gradient.
+        residual: shape and dtype of the input, or None.
+        grn_weight, grn_bias: [hidden], both or neither. grn_eps: added to the mean norm.
+        activation: "gelu" (exact, erf) or "gelu_tanh".
+        backend: "auto", "cuda", "triton" or "reference"; None takes that of `use_backend`.
+
+        All parameters: float32 or the input's dtype.
+
+    Returns:
+        The input's shape and dtype (autocast's where it is on); images in channels-last memory.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was got and what is accepted.
+        BackendError: the backend asked for by name cannot run the call.
+
+    Source: ConvNeXt, arXiv 2201.03545, figure 4; GRN from arXiv 2301.00808; stochastic depth from arXiv 1603.09382.
+    """
+    check_input(input, (3, 4))
+    check_tensor("weight1", weight1)
+    input, residual = autocast(input), None if residual is None else autocast(residual)
+    width, hidden = channels(input), weight1.shape[0] if weight1.dim() == 2 else 4 * channels(input)
+    check_parameter("weight1", weight1, (hidden, width), input)
+    check_parameter("bias1", bias1, (hidden,), input)
+    check_tensor("weight2", weight2)
+    check_parameter("weight2", weight2, (width, hidden), input)
+    check_parameter("bias2", bias2, (width,), input)
+    check_parameter("layer_scale", layer_scale, (width,), input)
+    check_parameter("drop_path_factor", drop_path_factor, (input.shape[0],), input)
+    check_parameter("grn_weight", grn_weight, (hidden,), input)
+    check_parameter("grn_bias", grn_bias, (hidden,), input)
+    if (grn_weight is None) != (grn_bias is None):
+        raise ValueError("grn_weight, grn_bias: got one of the two; accepted: both or neither")
+    check_positive("grn_eps", grn_eps)
+    check_choice("activation", activation, ACTIVATIONS)
+    _check_residual(residual, input)
+    return FORWARD(
+        input,
+        weight1,
+        bias1,
+        weight2,
+        bias2,
+        layer_scale,
+        drop_path_factor,
+        residual,
+        grn_weight,
+        grn_bias,
+        grn_eps,
+        activation,
+        False,
+        requested_backend(backend),
+    )[0]
