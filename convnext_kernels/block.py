@@ -1,0 +1,101 @@
+"""ConvNeXt's block, V1 and V2, on the package's operators."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from convnext_kernels import functional
+from convnext_kernels.backends import check_backend
+from convnext_kernels.reference import ReferenceBlock, drop_path_factor
+
+
+class ConvNeXtBlock(ReferenceBlock):
+    """The block of ConvNeXt, V1 and V2, as two operators:
+
+        u   = layer_norm(depthwise_conv2d(input))
+        out = input + drop_path_factor * gamma * (grn(gelu(u pwconv1' + b1)) pwconv2' + b2)
+
+    Parameters carry the names and shapes of the official checkpoints (`dwconv`, `norm`, `pwconv1`, `grn`, `pwconv2`,
+    `gamma`) and are read at every call, so that optimizers, averages of weights and sharding may replace them.
+
+    Args:
+        dim: channels, C.
+        kernel_size: of the depthwise convolution, odd.
+        dilation: of the depthwise convolution.
+        mlp_ratio: hidden channels per channel of the input.
+        drop_path: probability that a sample skips the block in training (stochastic depth), in [0, 1).
+        layer_scale_init_value: the first value of gamma [C]; None or 0: no gamma.
+        use_grn: global response normalisation after the activation (V2).
+        eps: epsilon of the layer norm.
+        activation: "gelu" (exact) or "gelu_tanh".
+        conv_bias: whether the depthwise convolution has a bias.
+        backend: "auto", "cuda", "triton" or "reference"; None takes that of `use_backend` at each call.
+
+    Shapes: [N, C, H, W] to the same, any H and W. Channels-last memory is native, contiguous NCHW is converted, the
+    result is channels-last. Input float16, bfloat16, float32 or float64 (reference backend only), parameters float32 or
+    the input's dtype. Under autocast the result has autocast's dtype.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was got and what is accepted. Calls raise what
+            `functional.depthwise_conv2d_layer_norm` and `functional.mlp` raise.
+
+    Source: arXiv 2201.03545, figure 4 (V1); arXiv 2301.00808, section 3.3 (V2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        mlp_ratio: float = 4,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float | None = 1e-6,
+        use_grn: bool = False,
+        eps: float = 1e-6,
+        activation: str = "gelu",
+        conv_bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            mlp_ratio=mlp_ratio,
+            drop_path=drop_path,
+            layer_scale_init_value=layer_scale_init_value,
+            use_grn=use_grn,
+            eps=eps,
+            activation=activation,
+            conv_bias=conv_bias,
+        )
+        self.backend = None if backend is None else check_backend(backend)
+
+    def forward(self, input: Tensor) -> Tensor:
+        u = functional.depthwise_conv2d_layer_norm(
+            input,
+            self.dwconv.weight,
+            self.dwconv.bias,
+            self.norm.weight,
+            self.norm.bias,
+            dilation=self.dwconv.dilation[0],
+            eps=self.norm.eps,
+            backend=self.backend,
+        )
+        drops = self.training and self.drop_path > 0
+        grn = self.grn
+        return functional.mlp(
+            u,
+            self.pwconv1.weight,
+            self.pwconv1.bias,
+            self.pwconv2.weight,
+            self.pwconv2.bias,
+            layer_scale=self.gamma,
+            drop_path_factor=drop_path_factor(input, self.drop_path) if drops else None,
+            residual=input,
+            grn_weight=None if grn is None else grn.gamma.flatten(),
+            grn_bias=None if grn is None else grn.beta.flatten(),
+            grn_eps=1e-6 if grn is None else grn.eps,
+            activation=self.activation,
+            backend=self.backend,
+        )
