@@ -1,0 +1,49 @@
+"""What a command reports in one line instead of a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+EXTRA = "pip install 'convnext-kernels[bench]'"
+
+
+class CommandError(Exception):
+    """A command cannot start as it was asked to: one line on stderr, exit code 2."""
+
+
+def optional(module: str) -> ModuleType:
+    """Imports a module that only the extra `bench` brings; a missing one raises `CommandError` naming the extra."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise CommandError(f"{error}; {EXTRA} brings it") from error
+
+
+def names(option: str, given: Sequence[str] | None, accepted: Collection[str], default: Sequence[str]) -> list[str]:
+    """The names given to an option, repeated or separated by commas, each checked and listed once."""
+    if given is None:
+        return list(default)
+    chosen = [name.strip() for item in given for name in item.split(",") if name.strip()]
+    for name in chosen:
+        if name not in accepted:
+            raise CommandError(f"{option}: got {name!r}; accepted: {', '.join(accepted)}")
+    if not chosen:
+        raise CommandError(f"{option}: got nothing; accepted: {', '.join(accepted)}")
+    return list(dict.fromkeys(chosen))
+
+
+def at_least(option: str, value: int, minimum: int) -> int:
+    """Checks a number given to an option."""
+    if value < minimum:
+        raise CommandError(f"{option}: got {value}; accepted: {minimum} or more")
+    return value
+
+
+def writable(option: str, path: Path | None) -> Path | None:
+    """Checks, before any work, that the folder of a file to be written exists."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise CommandError(f"{option}: cannot write {path}; accepted: a file in an existing folder")
+    return path

@@ -1,0 +1,119 @@
+"""How time and memory are measured."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+Work = Callable[[Tensor], object]
+
+SAMPLE_MILLISECONDS = 50.0
+"""A sample repeats short work for at least this long: a timer's and a scheduler's noise stays below a percent."""
+
+WARM_UP_CALLS = {"cpu": 2, "cuda": 10}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call, one sample for each round."""
+
+    samples: list[float]
+
+    @property
+    def median(self) -> float:
+        return median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) == 1:
+            return self.samples[0], self.samples[0]
+        lower, _, upper = quantiles(self.samples, n=4, method="inclusive")
+        return lower, upper
+
+    def speedup_over(self, baseline: Timing) -> float:
+        """The median over rounds of the baseline's time divided by this one's: what drifts in between cancels."""
+        return median(theirs / ours for theirs, ours in zip(baseline.samples, self.samples, strict=True))
+
+
+def rotating_inputs(inputs: Tensor) -> list[Tensor]:
+    """Copies of a batch, the images in another order, together over twice the GPU's L2 cache; on a CPU the batch."""
+    copies = 1
+    if inputs.is_cuda:
+        cache = torch.cuda.get_device_properties(inputs.device).L2_cache_size
+        copies += math.ceil(2 * cache / inputs.nbytes)
+    return [inputs, *(inputs.roll(shift, 0).contiguous(memory_format=torch.channels_last) for shift in range(1, copies))]
+
+
+def _sample_cpu(work: Work, inputs: Iterator[Tensor], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        work(next(inputs))
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
+def _sample_cuda(work: Work, inputs: Iterator[Tensor], calls: int) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        work(next(inputs))
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / calls
+
+
+def measure(
+    works: Mapping[str, Work], inputs: Tensor, rounds: int, advance: Callable[[], None]
+) -> dict[str, Timing]:
+    """Times several contenders in turn, A B C A B C ..., after a warm-up of each.
+
+    Args:
+        works: what to call on a batch, by contender.
+        inputs: the batch; on a GPU it is rotated through copies larger than the L2 cache.
+        rounds: how many samples of each contender.
+        advance: called after each sample.
+    """
+    kind = inputs.device.type
+    sample = _sample_cuda if kind == "cuda" else _sample_cpu
+    batches = cycle(rotating_inputs(inputs))
+    calls = {}
+    for name, work in works.items():
+        sample(work, batches, WARM_UP_CALLS[kind])
+        calls[name] = max(1, math.ceil(SAMPLE_MILLISECONDS / sample(work, batches, 1)))
+    samples: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            samples[name].append(sample(work, batches, calls[name]))
+            advance()
+    return {name: Timing(values) for name, values in samples.items()}
+
+
+def peak_memory(work: Work, inputs: Tensor) -> int:
+    """Bytes that one call allocates at its peak, beyond what is allocated before it.
+
+    A GPU's allocator keeps this count. On a CPU the profiler records what PyTorch's allocator gives and takes.
+    """
+    if inputs.is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(inputs.device)
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        work(inputs)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(inputs.device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would complain that there is no GPU
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        work(inputs)
+    allocated = peak = 0
+    memory_events = (event for event in profile.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(memory_events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak
