@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from convnext_kernels.ops.common.layouts import empty_like, nothing, statistics_dtype
-from convnext_kernels.ops.common.registration import below_autograd, define, differentiate, dtypes_of, requested_gradients
+from convnext_kernels.ops.common.registration import (
+    below_autograd,
+    define,
+    differentiate,
+    dtypes_of,
+    requested_gradients,
+)
 
 MAXIMUM_TRITON_SIZE = 11
 """The Triton kernel unrolls the filter: beyond 11x11 its code no longer fits the instruction cache."""
@@ -18,7 +24,9 @@ MAXIMUM_TRITON_SIZE = 11
 def filter_limits(weight: Tensor) -> dict[str, list[str]]:
     """What a depthwise filter has against each backend."""
     size = weight.shape[-1]
-    too_large = f"the filter is {size}x{size}; the Triton kernel takes up to {MAXIMUM_TRITON_SIZE}x{MAXIMUM_TRITON_SIZE}"
+    too_large = (
+        f"the filter is {size}x{size}; the Triton kernel takes up to {MAXIMUM_TRITON_SIZE}x{MAXIMUM_TRITON_SIZE}"
+    )
     return {"triton": [too_large] if size > MAXIMUM_TRITON_SIZE else [], "reference": []}
 
 
@@ -58,9 +66,7 @@ BACKWARD = define(
 
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.dilation, ctx.backend = dilation, backend
         ctx.dtypes = dtypes_of(input, weight, bias)

@@ -51,6 +51,4 @@ def depthwise_conv2d_layer_norm(
     input = autocast(input)
     check_filter(input, weight, bias, dilation)
     check_norm(input, norm_weight, norm_bias, eps, prefix="norm_")
-    return FORWARD(
-        input, weight, bias, norm_weight, norm_bias, dilation, eps, False, requested_backend(backend)
-    )[0]
+    return FORWARD(input, weight, bias, norm_weight, norm_bias, dilation, eps, False, requested_backend(backend))[0]

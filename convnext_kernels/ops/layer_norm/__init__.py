@@ -10,9 +10,7 @@ from convnext_kernels.ops.common.layouts import channels
 from convnext_kernels.ops.layer_norm.operator import FORWARD
 
 
-def check_norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: str = ""
-) -> None:
+def check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: str = "") -> None:
     """Checks the parameters of a norm over the input's channels."""
     check_parameter(f"{prefix}weight", weight, (channels(input),), input)
     check_parameter(f"{prefix}bias", bias, (channels(input),), input)

@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from convnext_kernels.ops.common.layouts import channels, empty_like, nothing, statistics_dtype
-from convnext_kernels.ops.common.registration import below_autograd, define, differentiate, dtypes_of, requested_gradients
+from convnext_kernels.ops.common.registration import (
+    below_autograd,
+    define,
+    differentiate,
+    dtypes_of,
+    requested_gradients,
+)
 
 MAXIMUM_TRITON_CHANNELS = 8192
 """The Triton kernel holds a whole token in registers."""

@@ -129,9 +129,7 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         wanted = [*needs[:6], *needs[8:10]]
-        gradients = BACKWARD(
-            grad_output, *ctx.saved_tensors, ctx.grn_eps, ctx.activation, wanted, ctx.backend
-        )
+        gradients = BACKWARD(grad_output, *ctx.saved_tensors, ctx.grn_eps, ctx.activation, wanted, ctx.backend)
         *branch, grad_grn_weight, grad_grn_bias = requested_gradients(gradients, wanted, ctx.dtypes)
         grad_residual = grad_output if needs[7] else None
         return *branch, None, grad_residual, grad_grn_weight, grad_grn_bias, None, None, None, None

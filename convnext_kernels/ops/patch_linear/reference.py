@@ -35,9 +35,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return from_channels_last(F.linear(patches, patch_weight(weight, input.dtype), bias))
 
 
-def backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad_output: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias, the parameters' in float32.
 
     Patches do not overlap, so each input pixel gets its gradient from one patch, and pixels beyond the last whole

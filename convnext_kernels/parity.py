@@ -1,0 +1,335 @@
+"""How far an operator is from the truth: its error against float64, beside PyTorch's own in the same dtype.
+
+The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps). Two measures are taken, ||out - exact|| / ||exact|| and
+max|out - exact| / max|exact|, and the one nearer its limit counts. Every scale (layer scale, norm weights) is drawn near
+1: at the 1e-6 that layer scale starts from, any kernel would pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convnext_kernels.functional import OPERATORS as FUNCTIONS
+from convnext_kernels.functional import explain
+
+OPERATORS = tuple(FUNCTIONS)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FACTOR = 1.5
+
+_SCALES = ("layer_scale", "norm_weight", "grn_weight")
+_NOT_DIFFERENTIABLE = ("drop_path_factor",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: the shapes of its tensor arguments, its other options and the input's layout."""
+
+    operator: str
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "channels_last"
+
+    def draw(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> dict[str, Tensor]:
+        """Random arguments whose values `dtype` holds exactly, in the case's layout."""
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name, shape in self.shapes.items():
+            values = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if name in _NOT_DIFFERENTIABLE:
+                values = 1.25 * (torch.arange(shape[0]) % 3 != 1).double()
+            elif name in _SCALES or (name == "weight" and len(shape) == 1):
+                values = 1 + 0.1 * values
+            elif len(shape) > 1 and name not in ("input", "residual"):
+                values = values / values[0].numel() ** 0.5
+            tensors[name] = values.to(dtype).to(device)
+            if name in ("input", "residual"):
+                tensors[name] = LAYOUTS[self.layout](tensors[name])
+        return tensors
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _sliced(tensor: Tensor) -> Tensor:
+    return _channels_last(torch.cat([tensor, tensor], dim=1))[:, : tensor.shape[1]]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels_last": _channels_last,
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "permuted": lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "sliced": _sliced,
+    "expanded": lambda tensor: tensor[..., :1].expand(tensor.shape),
+}
+"""Ways in which a tensor of given values can lie in memory (an expanded one repeats its first column)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The error of one tensor that one call produced."""
+
+    operator: str
+    case: str
+    dtype: str
+    backend: str
+    tensor: str
+    error: float
+    torch_error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the limit; NaN never is."""
+        return self.error <= self.limit
+
+
+def _depthwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1) -> Tensor:
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(input, weight, bias, padding=padding, dilation=dilation, groups=input.shape[1])
+
+
+def _over_channels_last(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input.dim() == 3:
+            return function(input, *args, **kwargs)
+        return function(input.permute(0, 2, 3, 1), *args, **kwargs).permute(0, 3, 1, 2)
+
+    return run
+
+
+@_over_channels_last
+def _layer_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    return F.layer_norm(input, input.shape[-1:], weight, bias, eps)
+
+
+def _depthwise_conv2d_layer_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    dilation: int = 1,
+    eps: float = 1e-6,
+) -> Tensor:
+    return _layer_norm(_depthwise_conv2d(input, weight, bias, dilation=dilation), norm_weight, norm_bias, eps=eps)
+
+
+@_over_channels_last
+def _global_response_norm(input: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
+    norms = input.norm(dim=tuple(range(1, input.dim() - 1)), keepdim=True)
+    return weight * (input * (norms / (norms.mean(-1, keepdim=True) + eps))) + bias + input
+
+
+def _mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path_factor: Tensor | None = None,
+    residual: Tensor | None = None,
+    grn_weight: Tensor | None = None,
+    grn_bias: Tensor | None = None,
+    grn_eps: float = 1e-6,
+    activation: str = "gelu",
+) -> Tensor:
+    rows = input.permute(0, 2, 3, 1) if input.dim() == 4 else input
+    rows = F.gelu(F.linear(rows, weight1, bias1), approximate="tanh" if activation == "gelu_tanh" else "none")
+    if grn_weight is not None and grn_bias is not None:
+        rows = _global_response_norm(rows.flatten(1, -2), grn_weight, grn_bias, eps=grn_eps).view(rows.shape)
+    rows = F.linear(rows, weight2, bias2)
+    if layer_scale is not None:
+        rows = layer_scale * rows
+    output = rows.permute(0, 3, 1, 2) if input.dim() == 4 else rows
+    if drop_path_factor is not None:
+        output = drop_path_factor.view(-1, *[1] * (input.dim() - 1)) * output
+    return output if residual is None else residual + output
+
+
+def _patch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.conv2d(input, weight, bias, stride=weight.shape[-1])
+
+
+DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+    "depthwise_conv2d": _depthwise_conv2d,
+    "depthwise_conv2d_layer_norm": _depthwise_conv2d_layer_norm,
+    "global_response_norm": _global_response_norm,
+    "layer_norm": _layer_norm,
+    "mlp": _mlp,
+    "patch_linear": _patch_linear,
+}
+"""Every operator as PyTorch users write it, differentiated by autograd: what PyTorch's own error is measured on."""
+
+
+def _arguments(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    required = {"mlp": ("bias1", "bias2"), "depthwise_conv2d_layer_norm": ("bias", "norm_weight", "norm_bias")}
+    absent = {name: None for name in required.get(case.operator, ())}
+    return {**absent, **tensors, **case.options}
+
+
+def _results(
+    function: Callable[..., Tensor], case: Case, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
+    wanted = [name for name in leaves if name not in _NOT_DIFFERENTIABLE]
+    for name in wanted:
+        leaves[name].requires_grad_()
+    output = function(**_arguments(case, leaves))
+    generator = torch.Generator().manual_seed(output.numel())
+    # Rounded to bfloat16, the gradient that comes in is exact in every dtype.
+    grad_output = torch.randn(output.shape, generator=generator).bfloat16().to(dtype).to(output.device)
+    gradients = torch.autograd.grad(output, [leaves[name] for name in wanted], LAYOUTS[case.layout](grad_output))
+    return {"output": output.detach(), **{f"grad {name}": g for name, g in zip(wanted, gradients, strict=True)}}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the context, memory that PyTorch allocates uninitialised holds NaN, so that an unwritten element shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
+    """||result - exact|| / ||exact|| and max|result - exact| / max|exact|."""
+    difference, exact = (result.double() - exact).flatten(), exact.flatten()
+    tiny = torch.finfo(torch.float64).tiny
+    return (
+        float(difference.norm() / exact.norm().clamp_min(tiny)),
+        float(difference.abs().max() / exact.abs().max().clamp_min(tiny)),
+    )
+
+
+def compare(
+    case: Case, dtype: torch.dtype, device: torch.device | str, backend: str, seed: int = 0
+) -> list[Comparison]:
+    """Runs a case in float64, in PyTorch and in ours, and compares the output and every gradient."""
+    tensors = case.draw(dtype, device, seed)
+    definition, function = DEFINITIONS[case.operator], FUNCTIONS[case.operator]
+    exact = _results(definition, case, tensors, torch.float64)
+    theirs = _results(definition, case, tensors, dtype)
+    with poisoned_memory():
+        ours = _results(lambda **arguments: function(**arguments, backend=backend), case, tensors, dtype)
+    comparisons = []
+    for name, truth in exact.items():
+        candidates = []
+        for our_error, torch_error in zip(errors(ours[name], truth), errors(theirs[name], truth), strict=True):
+            candidates.append((our_error, torch_error, FACTOR * torch_error + torch.finfo(dtype).eps / 2))
+        # A NaN compares false with everything: it must come out on top.
+        worst = max(candidates, key=lambda c: float("inf") if c[0] != c[0] else c[0] / c[2])
+        comparisons.append(
+            Comparison(case.operator, case.name, str(dtype).removeprefix("torch."), backend, name, *worst)
+        )
+    return comparisons
+
+
+def unsupported(case: Case, dtype: torch.dtype, device: torch.device | str, backend: str) -> list[str]:
+    """Why a backend cannot run a case; empty if it can."""
+    arguments = _arguments(case, case.draw(dtype, device, 0))
+    return list(explain(case.operator, **arguments, backend=backend).reasons[backend])
+
+
+def _image_cases(small: bool) -> list[tuple[int, int, int, int]]:
+    shapes = [(1, 24, 1, 1), (3, 40, 2, 2), (2, 96, 5, 3), (1, 24, 25, 41)]
+    return shapes if small else [*shapes, (3, 128, 14, 14), (2, 96, 56, 56), (2, 384, 14, 14), (4, 768, 7, 7)]
+
+
+def _filter_cases(operator: str, small: bool, norms: tuple[str, ...] = ()) -> list[Case]:
+    cases = []
+    for batch, width, height, length in _image_cases(small):
+        shapes = {"input": (batch, width, height, length), "weight": (width, 1, 7, 7), "bias": (width,)}
+        shapes |= {name: (width,) for name in norms}
+        cases.append(Case(operator, f"{batch}x{width}x{height}x{length}", shapes))
+    shapes = {"input": (2, 40, 9, 6), "weight": (40, 1, 3, 3), **{name: (40,) for name in norms}}
+    cases.append(Case(operator, "3x3, no bias", shapes))
+    cases.append(Case(operator, "3x3, dilation 2", shapes, {"dilation": 2}))
+    cases.append(Case(operator, "5x5, contiguous", {**shapes, "weight": (40, 1, 5, 5)}, layout="contiguous"))
+    cases.append(
+        Case(operator, "7x7, dilation 4, sliced", {**shapes, "weight": (40, 1, 7, 7)}, {"dilation": 4}, "sliced")
+    )
+    return cases
+
+
+def _norm_cases(operator: str, small: bool) -> list[Case]:
+    cases = []
+    for batch, width, height, length in _image_cases(small):
+        shapes = {"input": (batch, width, height, length), "weight": (width,), "bias": (width,)}
+        cases.append(Case(operator, f"{batch}x{width}x{height}x{length}", shapes))
+    tokens = {"input": (3, 17, 128), "weight": (128,), "bias": (128,)}
+    cases.append(Case(operator, "tokens 3x17x128", tokens))
+    cases.append(Case(operator, "sliced", {"input": (2, 40, 6, 5), "weight": (40,), "bias": (40,)}, layout="sliced"))
+    if operator == "layer_norm":
+        cases.append(Case(operator, "no affine", {"input": (2, 40, 6, 5)}))
+        cases.append(Case(operator, "no bias", {"input": (2, 40, 6, 5), "weight": (40,)}, {"eps": 1e-5}))
+    return cases
+
+
+def _mlp_cases(small: bool) -> list[Case]:
+    cases = []
+    for batch, width, height, length in _image_cases(small):
+        image, hidden = (batch, width, height, length), 4 * width
+        weights = {"weight1": (hidden, width), "bias1": (hidden,), "weight2": (width, hidden), "bias2": (width,)}
+        block = {"layer_scale": (width,), "drop_path_factor": (batch,), "residual": image}
+        cases.append(Case("mlp", f"{batch}x{width}x{height}x{length}", {"input": image, **weights, **block}))
+    image, hidden, width = (3, 40, 5, 4), 160, 40
+    matrices = {"input": image, "weight1": (hidden, width), "weight2": (width, hidden)}
+    biases = {"bias1": (hidden,), "bias2": (width,)}
+    grn = {"grn_weight": (hidden,), "grn_bias": (hidden,)}
+    cases.append(Case("mlp", "no bias, scale or residual", matrices))
+    cases.append(Case("mlp", "tanh, contiguous", {**matrices, **biases}, {"activation": "gelu_tanh"}, "contiguous"))
+    cases.append(
+        Case("mlp", "drop path only, sliced", {**matrices, **biases, "drop_path_factor": (3,)}, layout="sliced")
+    )
+    cases.append(Case("mlp", "GRN, residual", {**matrices, **biases, "residual": image, **grn}))
+    cases.append(
+        Case("mlp", "GRN, tokens", {**matrices, **biases, "input": (2, 9, 40), **grn, "layer_scale": (width,)})
+    )
+    return cases
+
+
+def _patch_cases(small: bool) -> list[Case]:
+    sizes = [(1, 3, 8, 12, 40, 4), (2, 3, 17, 22, 24, 4), (3, 40, 5, 7, 80, 2), (1, 24, 2, 2, 48, 2)]
+    if not small:
+        sizes += [(2, 3, 224, 224, 96, 4), (2, 96, 56, 56, 192, 2), (2, 384, 14, 14, 768, 2)]
+    cases = []
+    for batch, width, height, length, outputs, size in sizes:
+        shapes = {"input": (batch, width, height, length), "weight": (outputs, width, size, size), "bias": (outputs,)}
+        cases.append(Case("patch_linear", f"{batch}x{width}x{height}x{length} to {outputs}, {size}x{size}", shapes))
+    no_bias = {"input": (2, 24, 6, 6), "weight": (40, 24, 2, 2)}
+    cases.append(Case("patch_linear", "no bias, contiguous", no_bias, layout="contiguous"))
+    return cases
+
+
+def cases(operator: str, small: bool) -> list[Case]:
+    """The calls that an operator is checked on; `small` leaves out those too slow for Triton's interpreter."""
+    if operator == "depthwise_conv2d":
+        return _filter_cases(operator, small)
+    if operator == "depthwise_conv2d_layer_norm":
+        return _filter_cases(operator, small, ("norm_weight", "norm_bias"))
+    if operator in ("layer_norm", "global_response_norm"):
+        return _norm_cases(operator, small)
+    if operator == "mlp":
+        return _mlp_cases(small)
+    if operator == "patch_linear":
+        return _patch_cases(small)
+    raise ValueError(f"operator: got {operator!r}; accepted: {', '.join(OPERATORS)}")
