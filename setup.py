@@ -26,7 +26,7 @@ def find_nvcc() -> str | None:
             return nvcc
         raise ValueError(f"CUDACXX={cudacxx!r} is not an executable; expected the path of nvcc")
     cuda_home = os.environ.get("CUDA_HOME")
-    return (cuda_home and shutil.which(Path(cuda_home, "bin", "nvcc"))) or shutil.which("nvcc")
+    return (cuda_home and shutil.which(os.path.join(cuda_home, "bin", "nvcc"))) or shutil.which("nvcc")
 
 
 def nvcc_to_build_with() -> str | None:
@@ -54,6 +54,20 @@ def architecture_options() -> list[str]:
     return [f"-DCONVNEXT_KERNELS_CUDA_ARCHS={architectures}"]
 
 
+def run(command: list[str], log: Path | None = None) -> None:
+    """Runs a command of this Python environment, or of PATH; when it fails, shows the log it left."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    try:
+        subprocess.run(command, check=True, env=os.environ | {"PATH": path})
+    except subprocess.CalledProcessError as error:
+        if log and log.is_file():
+            print(log.read_text())
+        raise RuntimeError(
+            "building the compiled library failed, for the reason printed above; "
+            "CONVNEXT_KERNELS_CUDA=0 installs without it"
+        ) from error
+
+
 def build_library(nvcc: str, version: str, output: Path, build: Path) -> None:
     """Configures and builds CMakeLists.txt in `build`; the module lands in the folder `output`."""
     import pybind11
@@ -72,15 +86,8 @@ def build_library(nvcc: str, version: str, output: Path, build: Path) -> None:
         f"-DCONVNEXT_KERNELS_VERSION={version}",
         *architecture_options(),
     ]
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    for command in (configure, ["cmake", "--build", str(build)]):
-        try:
-            subprocess.run(command, check=True, env=os.environ | {"PATH": path})
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(
-                f"building the compiled library with {nvcc} failed, for the reason printed above; "
-                "CONVNEXT_KERNELS_CUDA=0 installs without it"
-            ) from error
+    run(configure, log=build / "CMakeFiles" / "CMakeConfigureLog.yaml")  # what an unusable nvcc says is only there
+    run(["cmake", "--build", str(build)])
 
 
 class CMakeBuild(build_ext):
