@@ -1,7 +1,7 @@
 """time models and blocks beside PyTorch eager and torch.compile
 
-Every contender has the same weights and sees the same photographs. Contenders alternate, and the ratio is the median over
-rounds of eager's time divided by the contender's. No speed is given for a contender that does not agree with eager.
+Every contender has the same weights and sees the same photographs. Contenders alternate, and the ratio is the median
+over rounds of eager's time divided by the contender's. Ours gets no speed where it does not agree with eager.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-import convnext_kernels
 from convnext_kernels.cli.errors import at_least, names, writable
 from convnext_kernels.cli.images import Photographs, crop_batch, load_photographs
 from convnext_kernels.cli.machine import device_name, find_device, provenance
 from convnext_kernels.cli.measure import Timing, Work, measure, peak_memory
 from convnext_kernels.cli.output import console, write_json
 from convnext_kernels.cli.tasks import COMPILED, EAGER, MODES, OURS, Parity, Task, check_parity, tasks
+from convnext_kernels.model import list_models
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", action="append", metavar="NAME", help="repeat or separate by commas (convnext_tiny)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per batch (8 on a CPU, 128 on a GPU)")
     parser.add_argument("--resolution", type=int, default=224, metavar="PIXELS", help="height and width (%(default)s)")
-    parser.add_argument("--dtype", metavar="NAME", help="float32, float16, bfloat16 (float32 on a CPU, bfloat16 on a GPU)")
+    parser.add_argument(
+        "--dtype", metavar="NAME", help="float32, float16, bfloat16 (float32 on a CPU, bfloat16 on a GPU)"
+    )
     parser.add_argument(
         "--mode", action="append", metavar="NAME", help="inference, training, block (inference,training)"
     )
@@ -102,7 +105,7 @@ def check_options(arguments: argparse.Namespace) -> Options:
     if arguments.threads is not None:
         torch.set_num_threads(at_least("--threads", arguments.threads, 1))
     return Options(
-        models=names("--model", arguments.model, convnext_kernels.list_models(), ["convnext_tiny"]),
+        models=names("--model", arguments.model, list_models(), ["convnext_tiny"]),
         modes=names("--mode", arguments.mode, MODES, ["inference", "training"]),
         batch_size=at_least("--batch-size", batch_size, 1) if batch_size is not None else 128 if on_gpu else 8,
         resolution=at_least("--resolution", arguments.resolution, MINIMUM_RESOLUTION),
@@ -152,14 +155,13 @@ class TaskRun:
                 self._prepare(name, module)
 
     def _prepare(self, name: str, module: nn.Module) -> None:
-        if name == COMPILED:
-            torch.compiler.reset()
-            module = torch.compile(module)
         work, optimizer = self.task.work(module)
         if name == COMPILED:
+            torch.compiler.reset()
+            module.compile()
             try:
                 work(self.task.inputs)
-            except Exception as error:  # whatever the compiler runs into is a result, not an end of the benchmark
+            except Exception as error:  # whatever the compiler runs into is a result, not the end of the benchmark
                 self.failures[name] = f"torch.compile failed: {_first_line(error)}"
                 return
         self.works[name], self.optimizers[name] = work, optimizer
@@ -168,14 +170,14 @@ class TaskRun:
         """One row for each contender; the peak of memory is measured here, in a call of its own."""
         task = self.task
         for name, module in self.modules.items():
-            row = {"model": task.model, "mode": task.name, "contender": name}
             parity = self.parity if name == OURS else None
+            row = Row(task.model, task.name, name, parity=parity, failure=self.failures.get(name))
             if name in self.failures:
-                yield Row(**row, parity=parity, failure=self.failures[name])
+                yield row
                 continue
             timing = timings[name]
-            yield Row(
-                **row,
+            yield replace(
+                row,
                 images_per_second=len(task.inputs) / timing.median * 1e3,
                 milliseconds=timing.median,
                 quartiles=timing.quartiles,
@@ -183,7 +185,6 @@ class TaskRun:
                 peak_memory_bytes=resident_bytes(module, self.optimizers[name])
                 + peak_memory(self.works[name], task.inputs),
                 ratio_to_eager=timing.speedup_over(timings[EAGER]),
-                parity=parity,
             )
 
 
@@ -198,23 +199,23 @@ def run_tasks(options: Options, photographs: Photographs) -> list[Row]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
     with Progress(*columns, console=console(stderr=True)) as progress:
-        bar = progress.add_task("", total=_task_count(options))
+        bar, done = progress.add_task("", total=_task_count(options)), 0
         for model in options.models:
             for task in tasks(model, options.modes, images, DTYPES[options.dtype]):
                 label = f"{model}, {task.name}"
                 progress.update(bar, description=f"{label}: parity and compilation" if options.compile else label)
                 run = TaskRun(task, options.compile)
                 rounds = options.rounds(task)
-                share = 1 / (rounds * len(run.works))
-                progress.update(bar, description=f"{label}: {rounds} rounds")
-                timings = measure(run.works, task.inputs, rounds, lambda share=share: progress.advance(bar, share))
-                rows += run.rows(timings)
+                advance = partial(progress.advance, bar, 1 / (rounds * len(run.works)))
+                rows += run.rows(measure(run.works, task.inputs, rounds, advance))
+                done += 1
+                progress.update(bar, completed=done)
     return rows
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within the context float32 is float32: without it eager's convolutions would round to TF32, and its products not."""
+    """Within the context float32 is float32; by default PyTorch rounds to TF32 in convolutions, not in products."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -260,7 +261,9 @@ def show(rows: Sequence[Row], options: Options, target: Console) -> None:
 def report(rows: Sequence[Row], options: Options, photographs: Photographs) -> dict[str, Any]:
     """Everything as plain data for JSON."""
     arguments = {name: value for name, value in vars(options).items()}
-    arguments |= {key: str(arguments[key]) for key in ("device", "images", "json", "plot") if arguments[key] is not None}
+    arguments |= {
+        key: str(arguments[key]) for key in ("device", "images", "json", "plot") if arguments[key] is not None
+    }
     return {
         "arguments": arguments,
         "device": device_name(options.device),

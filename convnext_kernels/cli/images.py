@@ -37,10 +37,7 @@ def _sample_photographs() -> Photographs:
     pil = optional("PIL.Image")
     samples = optional("sklearn.datasets").load_sample_images()
     return Photographs(
-        {
-            Path(name).name: pil.fromarray(pixels)
-            for name, pixels in zip(samples.filenames, samples.images, strict=True)
-        }
+        {Path(name).name: pil.fromarray(pixels) for name, pixels in zip(samples.filenames, samples.images, strict=True)}
     )
 
 
@@ -75,13 +72,14 @@ def _crop_box(width: int, height: int, is_first: bool, generator: random.Random)
 
 
 def crop_batch(photographs: Photographs, count: int, resolution: int, seed: int = 0) -> Tensor:
-    """A batch [count, 3, resolution, resolution] in channels-last float32: different crops, in turn of each photograph."""
+    """Different crops, in turn of each photograph: [count, 3, resolution, resolution] in channels-last float32."""
     pil = optional("PIL.Image")
     generator, images = random.Random(seed), list(photographs.images.values())
     batch = torch.empty(count, resolution, resolution, 3)
     for index in range(count):
         image = images[index % len(images)]
-        box = _crop_box(*image.size, is_first=index < len(images), generator=generator)
+        width, height = image.size
+        box = _crop_box(width, height, index < len(images), generator)
         crop = image.resize((resolution, resolution), pil.Resampling.BICUBIC, box=box)
         batch[index] = torch.frombuffer(bytearray(crop.tobytes()), dtype=torch.uint8).view(resolution, resolution, 3)
     batch = (batch / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)

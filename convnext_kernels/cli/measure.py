@@ -49,7 +49,10 @@ def rotating_inputs(inputs: Tensor) -> list[Tensor]:
     if inputs.is_cuda:
         cache = torch.cuda.get_device_properties(inputs.device).L2_cache_size
         copies += math.ceil(2 * cache / inputs.nbytes)
-    return [inputs, *(inputs.roll(shift, 0).contiguous(memory_format=torch.channels_last) for shift in range(1, copies))]
+    return [
+        inputs,
+        *(inputs.roll(shift, 0).contiguous(memory_format=torch.channels_last) for shift in range(1, copies)),
+    ]
 
 
 def _sample_cpu(work: Work, inputs: Iterator[Tensor], calls: int) -> float:
@@ -70,9 +73,7 @@ def _sample_cuda(work: Work, inputs: Iterator[Tensor], calls: int) -> float:
     return start.elapsed_time(stop) / calls
 
 
-def measure(
-    works: Mapping[str, Work], inputs: Tensor, rounds: int, advance: Callable[[], None]
-) -> dict[str, Timing]:
+def measure(works: Mapping[str, Work], inputs: Tensor, rounds: int, advance: Callable[[], None]) -> dict[str, Timing]:
     """Times several contenders in turn, A B C A B C ..., after a warm-up of each.
 
     Args:

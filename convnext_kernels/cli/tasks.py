@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import convnext_kernels
 from convnext_kernels.cli.measure import Work
+from convnext_kernels.model import create_model
 from convnext_kernels.reference import ReferenceConvNeXt, create_reference_model
 
 OURS, EAGER, COMPILED = "convnext-kernels", "PyTorch eager", "torch.compile"
@@ -130,8 +130,7 @@ def check_parity(task: Task, modules: Mapping[str, nn.Module]) -> list[Parity]:
     ours, eager = (task.results(modules[name], task.inputs) for name in (OURS, EAGER))
     if task.dtype == torch.float32:
         return [
-            Parity(tensors, relative_difference(ours[tensors], eager[tensors]), None, FLOAT32_LIMIT)
-            for tensors in ours
+            Parity(tensors, relative_difference(ours[tensors], eager[tensors]), None, FLOAT32_LIMIT) for tensors in ours
         ]
     exact_task = replace(task, dtype=torch.float32)
     exact = exact_task.results(exact_task.contender(task.reference), task.inputs.float())
@@ -144,20 +143,25 @@ def check_parity(task: Task, modules: Mapping[str, nn.Module]) -> list[Parity]:
 
 
 def randomise(model: nn.Module) -> None:
-    """Draws scales near 1 and biases that are not 0: at its first value of 1e-6 a layer scale hides every error."""
+    """Draws scales near 1, biases that are not 0 and matrices that keep the variance.
+
+    At the values that training starts from, a layer scale of 1e-6 and small matrices, the residual hides every error.
+    """
     for name, parameter in model.named_parameters():
         if name.endswith((".bias", ".beta")):
             nn.init.normal_(parameter, std=0.1)
         elif parameter.squeeze().dim() == 1:
             nn.init.uniform_(parameter, 0.8, 1.2)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
-def build_models(name: str, device: torch.device, seed: int = 0) -> tuple[ReferenceConvNeXt, nn.Module]:
+def build_models(name: str, device: torch.device, seed: int = 0) -> tuple[ReferenceConvNeXt, ReferenceConvNeXt]:
     """The plain PyTorch model and ours with the same random weights."""
     torch.manual_seed(seed)
     reference = create_reference_model(name)
     randomise(reference)
-    ours = convnext_kernels.create_model(name)
+    ours = create_model(name)
     ours.load_state_dict(reference.state_dict())
     return reference.to(device), ours.to(device)
 
@@ -179,15 +183,17 @@ def _classification(images: Tensor, dtype: torch.dtype) -> Objective:
     return lambda logits: (F.cross_entropy(logits, targets) * scale, None)
 
 
-def _stages(model: nn.Module) -> list[nn.Module]:
-    return list(model.stages) if hasattr(model, "stages") else [model.blocks]
+def _first_blocks(model: ReferenceConvNeXt) -> list[nn.Module]:
+    """The first block of each stage."""
+    stages = [model.get_submodule("blocks")] if model.isotropic else model.get_submodule("stages").children()
+    return [next(stage.children()) for stage in stages]
 
 
 def _block_tasks(
-    model: str, reference: nn.Module, ours: nn.Module, images: Tensor, dtype: torch.dtype
+    model: str, reference: ReferenceConvNeXt, ours: ReferenceConvNeXt, images: Tensor, dtype: torch.dtype
 ) -> Iterator[Task]:
     """The first block of each stage, on the activations that reach it."""
-    blocks = [(theirs[0], mine[0]) for theirs, mine in zip(_stages(reference), _stages(ours), strict=True)]
+    blocks = list(zip(_first_blocks(reference), _first_blocks(ours), strict=True))
     activations: dict[nn.Module, Tensor] = {}
     hooks = [
         block.register_forward_pre_hook(lambda module, arguments: activations.update({module: arguments[0]}))
@@ -201,9 +207,7 @@ def _block_tasks(
         inputs = activations[theirs].to(dtype)
         cotangent = torch.randn_like(inputs)
         yield Task(model, f"block {stage}, forward", theirs, mine, inputs, dtype)
-        yield Task(
-            model, f"block {stage}, forward + backward", theirs, mine, inputs, dtype, _with_gradient(cotangent)
-        )
+        yield Task(model, f"block {stage}, forward + backward", theirs, mine, inputs, dtype, _with_gradient(cotangent))
 
 
 def _with_gradient(cotangent: Tensor) -> Objective:

@@ -1,7 +1,7 @@
 """compare every operator and gradient with float64, beside PyTorch's own error
 
-An operator passes where its error is within the limit that PyTorch's error in the same dtype sets. Without a GPU the Triton
-kernels run in Triton's interpreter, on small shapes.
+An operator passes where its error is within the limit that PyTorch's error in the same dtype sets. Without a GPU the
+Triton kernels run in Triton's interpreter, on small shapes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -69,7 +70,7 @@ class Group:
 
 def _severity(comparison: Comparison) -> float:
     """Error over limit; a NaN is worse than any number."""
-    if math.isnan(comparison.error) or not comparison.passed and not comparison.limit:
+    if math.isnan(comparison.error) or (comparison.error and not comparison.limit):
         return math.inf
     return comparison.error / comparison.limit if comparison.limit else 0.0
 
@@ -171,8 +172,9 @@ def _show_group(table: Table, group: Group, every: bool) -> None:
             table.add_row(*head, _outcome(comparison.passed), *_numbers(comparison))
     elif worst is not None and not group.raised:
         table.add_row(*head, _outcome(group.passed), *_numbers(worst))
-    for case, message in group.raised.items():
-        table.add_row(*head, _outcome(False), "", "", "", "raised", f"{case}: {message}")
+    for message in dict.fromkeys(group.raised.values()):
+        cases = ", ".join(case for case, raised in group.raised.items() if raised == message)
+        table.add_row(*head, _outcome(False), "", "", "", "raised", escape(f"{cases}: {message}"))
     if not group.ran:
         reasons = dict.fromkeys(reason for reasons in group.not_run.values() for reason in reasons)
         table.add_row(*head, "[yellow]not run[/yellow]", "", "", "", "", "; ".join(reasons))
