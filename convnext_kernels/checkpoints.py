@@ -201,39 +201,41 @@ def load_checkpoint(
     source = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     format_name, parameters = to_official(source)
     expected = model.state_dict()
-    optional = _optional_keys(expected, ignore_head)
+    ignored = tuple(key for key in parameters if _is_surplus(key, expected, ignore_head))
+    wanted = {key: value for key, value in parameters.items() if key not in ignored}
+    missing = tuple(key for key in expected if key not in wanted)
+    unexpected = tuple(key for key in wanted if key not in expected)
+    matching = {key: value for key, value in wanted.items() if key in expected}
+    misshapen = {key: value for key, value in matching.items() if _without_ones(value) != _without_ones(expected[key])}
 
-    ignored = [key for key in parameters if optional(key) and (ignore_head or key not in expected)]
-    unexpected = [key for key in parameters if key not in expected and key not in ignored]
-    missing = [key for key in expected if key not in parameters or key in ignored]
-    matching = {key: value for key, value in parameters.items() if key in expected and key not in ignored}
-    misshapen = [
-        f"{key} (got {list(value.shape)}, expected {list(expected[key].shape)})"
-        for key, value in matching.items()
-        if _without_ones(value) != _without_ones(expected[key])
-    ]
-    required = [key for key in missing if not optional(key)]
-    problems = {"misshapen": misshapen}
+    problems = {"misshapen": [_describe_shapes(key, value, expected[key]) for key, value in misshapen.items()]}
     if strict:
-        problems |= {"missing": required, "unexpected": unexpected}
+        problems["missing"] = [key for key in missing if not _may_be_missing(key, ignore_head)]
+        problems["unexpected"] = list(unexpected)
     if any(problems.values()):
-        listed = "; ".join(f"{word}: {', '.join(keys)}" for word, keys in problems.items() if keys)
-        hint = "" if required or unexpected or not all(key.startswith("head.") for key in misshapen) else HEAD_HINT
+        listed = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
+        hint = HEAD_HINT if any(key.startswith("head.") for key in misshapen) else ""
         raise ValueError(f"checkpoint: its parameters ({format_name} format) do not fit the model; {listed}{hint}")
-    shaped = {key: value.reshape(expected[key].shape) for key, value in matching.items()}
-    model.load_state_dict(shaped, strict=False)
-    return LoadReport(format_name, len(shaped), tuple(ignored), tuple(missing), tuple(unexpected))
+
+    model.load_state_dict({key: value.reshape(expected[key].shape) for key, value in matching.items()}, strict=False)
+    return LoadReport(format_name, len(matching), ignored, missing, unexpected)
 
 
-def _optional_keys(expected: Mapping[str, Tensor], ignore_head: bool) -> Callable[[str], bool]:
-    """Tells the keys that a checkpoint may have too many, or the model: heads, and norms of feature maps."""
-    pattern = r"norm\d+\.(weight|bias)"
-    if ignore_head or "head.weight" not in expected:
-        pattern += r"|head\.(weight|bias)"
-    if "norm.weight" not in expected:
-        pattern += r"|norm\.(weight|bias)"
-    return re.compile(pattern).fullmatch  # type: ignore[return-value]
+def _is_surplus(key: str, expected: Mapping[str, Tensor], ignore_head: bool) -> bool:
+    """Whether a key of the checkpoint is a classifier or a norm of outputs that this model has no use for."""
+    if key in ("head.weight", "head.bias"):
+        return ignore_head or key not in expected
+    return key not in expected and re.fullmatch(r"norm\d*\.(weight|bias)", key) is not None
+
+
+def _may_be_missing(key: str, ignore_head: bool) -> bool:
+    """Whether a checkpoint without this key of the model will do: norms of feature maps, or an ignored classifier."""
+    return re.fullmatch(r"norm\d+\.(weight|bias)", key) is not None or (ignore_head and key.startswith("head."))
 
 
 def _without_ones(tensor: Tensor) -> list[int]:
     return [size for size in tensor.shape if size != 1]
+
+
+def _describe_shapes(key: str, got: Tensor, expected: Tensor) -> str:
+    return f"{key} (got {list(got.shape)}, expected {list(expected.shape)})"
