@@ -1,0 +1,44 @@
+"""Launch configurations of the matrix product: data, and the rule that picks among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tile of a program and its pipeline."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take
+# 96 KB of shared memory, within the 164 KB of sm_80.
+WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
+NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=4, stages=3)
+# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small.
+FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
+
+# Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200, five of an A100's 108.
+SPLIT_PROGRAMS = 512
+# A split shorter than this costs more in its partial result than it gains in parallelism.
+MINIMUM_SPLIT = 512
+
+
+def matmul_config(columns: int, dtype: torch.dtype) -> MatmulConfig:
+    """The configuration for an output of so many columns."""
+    if dtype == torch.float32:
+        return FLOAT32
+    return NARROW if columns <= 64 else WIDE
+
+
+def split_count(rows: int, columns: int, inner: int, config: MatmulConfig) -> int:
+    """In how many parts a product with a long inner dimension is summed; from the shape alone, so runs agree."""
+    tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
+    return max(1, min(-(-inner // MINIMUM_SPLIT), SPLIT_PROGRAMS // tiles))

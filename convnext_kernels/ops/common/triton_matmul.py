@@ -1,0 +1,267 @@
+"""A matrix product in Triton with the prologues and epilogues that ConvNeXt needs, and its launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convnext_kernels.ops.common.launch import float32_precision, on_device, round_up
+from convnext_kernels.ops.common.matmul_configs import MatmulConfig, matmul_config, split_count
+from convnext_kernels.ops.common.triton_math import dot, gelu, gelu_derivative
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory: its tensor and strides, or with `patch` = P the patches of contiguous images [N, H, W, C].
+
+    Patches are rows [N (H // P) (W // P), P P C], read and written in place.
+    """
+
+    tensor: Tensor
+    row_stride: int
+    column_stride: int
+    patch: int = 0
+
+    @property
+    def transposed(self) -> Matrix:
+        """The same memory with rows and columns exchanged."""
+        return Matrix(self.tensor, self.column_stride, self.row_stride, self.patch)
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """A 2-D tensor as an operand."""
+    return Matrix(tensor, *tensor.stride())
+
+
+def patches(images: Tensor, size: int) -> Matrix:
+    """The patches of contiguous images [N, H, W, C] as an operand."""
+    return Matrix(images, 0, 0, size)
+
+
+class Epilogue(NamedTuple):
+    """What is done to a product before it is stored, in this order; None leaves a step out.
+
+    bias [columns] is added; `pre_activation` receives the sum, before `activation`; or, with `derivative`, the product is
+    multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. Then
+    column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual` is added.
+    """
+
+    bias: Tensor | None = None
+    activation: str | None = None
+    pre_activation: Tensor | None = None
+    derivative: bool = False
+    hidden: Tensor | None = None
+    column_scale: Tensor | None = None
+    row_scale: Tensor | None = None
+    rows_per_scale: int = 1
+    residual: Tensor | None = None
+
+
+@triton.jit
+def _row_offsets(rows, stride, PATCH: tl.constexpr, patch_rows, patch_columns, height, width, channels):
+    if PATCH == 0:
+        return rows.to(tl.int64) * stride
+    line, column = rows // patch_columns, rows % patch_columns
+    image, row = line // patch_rows, line % patch_rows
+    return ((image.to(tl.int64) * height + row * PATCH) * width + column * PATCH) * channels
+
+
+@triton.jit
+def _column_offsets(columns, stride, PATCH: tl.constexpr, width, channels):
+    if PATCH == 0:
+        return columns.to(tl.int64) * stride
+    run = PATCH * channels
+    return (columns // run).to(tl.int64) * width * channels + columns % run
+
+
+@triton.jit(do_not_specialize=["rows", "rows_per_scale", "patch_rows", "patch_columns", "height", "width"])
+def matmul_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    bias_ptr,
+    pre_activation_ptr,
+    hidden_ptr,
+    column_scale_ptr,
+    row_scale_ptr,
+    residual_ptr,
+    inner_scale_ptr,
+    row_sums_ptr,
+    rows,
+    columns,
+    inner,
+    inner_per_split,
+    rows_per_scale,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    stride_om,
+    stride_on,
+    patch_rows,
+    patch_columns,
+    height,
+    width,
+    channels,
+    A_PATCH: tl.constexpr,
+    B_PATCH: tl.constexpr,
+    OUT_PATCH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Programs that share tiles of a and b run together, so that they find them in L2.
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    program, split = tl.program_id(0), tl.program_id(1)
+    group = program // (GROUP_M * tiles_n)
+    group_size = min(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + (program % (GROUP_M * tiles_n)) % group_size
+    tile_n = (program % (GROUP_M * tiles_n)) // group_size
+
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_mask, n_mask = m < rows, n < columns
+    a_rows = _row_offsets(m, stride_am, A_PATCH, patch_rows, patch_columns, height, width, channels)
+    b_columns = _column_offsets(n, stride_bn, B_PATCH, width, channels)
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    row_sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    start = split * inner_per_split
+    end = min(start + inner_per_split, inner)
+    for offset in range(start, end, BLOCK_K):
+        k = offset + tl.arange(0, BLOCK_K)
+        k_mask = k < end
+        a_offsets = a_rows[:, None] + _column_offsets(k, stride_ak, A_PATCH, width, channels)[None, :]
+        b_rows = _row_offsets(k, stride_bk, B_PATCH, patch_rows, patch_columns, height, width, channels)
+        a = tl.load(a_ptr + a_offsets, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
+        b = tl.load(b_ptr + b_rows[:, None] + b_columns[None, :], mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+        if inner_scale_ptr is not None:
+            inner_scale = tl.load(inner_scale_ptr + k // rows_per_scale, mask=k_mask, other=0.0).to(tl.float32)
+            a = (a.to(tl.float32) * inner_scale[None, :]).to(a_ptr.dtype.element_ty)
+        if row_sums_ptr is not None:
+            row_sums += tl.sum(a.to(tl.float32), axis=1)
+        accumulator = dot(a, b, accumulator, PRECISION)
+
+    mask = m_mask[:, None] & n_mask[None, :]
+    dense = m.to(tl.int64)[:, None] * columns + n[None, :]
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    if DERIVATIVE:
+        pre_activation = tl.load(pre_activation_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        accumulator *= gelu_derivative(pre_activation, ACTIVATION == "gelu_tanh")
+        if hidden_ptr is not None:
+            hidden = gelu(pre_activation, ACTIVATION == "gelu_tanh")
+            tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+    elif ACTIVATION is not None:
+        if pre_activation_ptr is not None:
+            tl.store(pre_activation_ptr + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
+        accumulator = gelu(accumulator, ACTIVATION == "gelu_tanh")
+    if column_scale_ptr is not None:
+        accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+    if row_scale_ptr is not None:
+        accumulator *= tl.load(row_scale_ptr + m // rows_per_scale, mask=m_mask, other=0.0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        accumulator += tl.load(residual_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+
+    out_rows = _row_offsets(m, stride_om, OUT_PATCH, patch_rows, patch_columns, height, width, channels)
+    out_columns = _column_offsets(n, stride_on, OUT_PATCH, width, channels)
+    out_offsets = split.to(tl.int64) * rows * columns + out_rows[:, None] + out_columns[None, :]
+    tl.store(out_ptr + out_offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+    if row_sums_ptr is not None:
+        if tile_n == 0:
+            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, row_sums, mask=m_mask)
+
+
+GROUP_M = 8
+
+
+def _launch(
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    shape: tuple[int, int, int],
+    config: MatmulConfig,
+    epilogue: Epilogue,
+    splits: int = 1,
+    inner_scale: Tensor | None = None,
+    row_sums: Tensor | None = None,
+) -> None:
+    rows, columns, inner = shape
+    patch = a.patch or b.patch or out.patch
+    images = next((operand.tensor for operand in (a, b, out) if operand.patch), None)
+    _, height, width, channels = (1, 1, 1, 1) if images is None else images.shape
+    per_split = round_up(-(-inner // splits), config.block_k)
+    tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
+    with on_device(out.tensor):
+        matmul_kernel[(tiles, splits)](
+            a.tensor,
+            b.tensor,
+            out.tensor,
+            epilogue.bias,
+            epilogue.pre_activation,
+            epilogue.hidden,
+            epilogue.column_scale,
+            epilogue.row_scale,
+            epilogue.residual,
+            inner_scale,
+            row_sums,
+            rows,
+            columns,
+            inner,
+            per_split,
+            epilogue.rows_per_scale,
+            *a[1:3],
+            *b[1:3],
+            *out[1:3],
+            height // patch if patch else 1,
+            width // patch if patch else 1,
+            height,
+            width,
+            channels,
+            A_PATCH=a.patch,
+            B_PATCH=b.patch,
+            OUT_PATCH=out.patch,
+            ACTIVATION=epilogue.activation,
+            DERIVATIVE=epilogue.derivative,
+            PRECISION=float32_precision(),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=GROUP_M,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+
+def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = Epilogue()) -> None:
+    """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
+    _launch(a, b, out, shape, matmul_config(shape[1], a.tensor.dtype), epilogue)
+
+
+def long_matmul(
+    a: Matrix, b: Matrix, shape: tuple[int, int, int], inner_scale: Tensor | None = None, inner_per_scale: int = 1
+) -> tuple[Tensor, Tensor]:
+    """a b and the sums of a's rows in float32, for an inner dimension of tokens.
+
+    The sum is split among programs and the parts added in a fixed order: two runs give the same bits.
+
+    Args:
+        shape: (rows, columns, inner).
+        inner_scale: [inner / inner_per_scale] multiplies the columns of a, or None.
+    """
+    rows, columns, inner = shape
+    config = matmul_config(columns, a.tensor.dtype)
+    splits = split_count(rows, columns, inner, config)
+    product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
+    row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)
+    out = Matrix(product, columns, 1)
+    epilogue = Epilogue(rows_per_scale=inner_per_scale)
+    _launch(a, b, out, shape, config, epilogue, splits, inner_scale, row_sums)
+    return product.sum(0), row_sums.sum(0)

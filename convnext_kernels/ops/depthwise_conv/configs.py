@@ -1,0 +1,39 @@
+"""Launch configurations of the depthwise convolution: data, and the rules that pick among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convnext_kernels.ops.common.launch import next_power_of_2
+
+# Output rows of a program: an input row is loaded once for all of them. Four keep 7x7 at 70 loads for 4 rows, not 196.
+ROWS = 4
+
+# Partial filter gradients: enough programs (channel blocks x filter rows x splits) to fill an H200 four times over.
+MAXIMUM_SPLITS = 256
+PIXELS_PER_SPLIT = 512
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Pixels and channels of a program's tile, and its warps."""
+
+    pixels: int
+    channels: int
+    warps: int
+
+
+def forward_config(width: int, channels: int) -> TileConfig:
+    """16 pixels x 64 channels give each of 128 threads one 128-bit load; narrow maps and few channels take less."""
+    return TileConfig(min(16, max(4, next_power_of_2(width))), min(64, next_power_of_2(channels)), warps=4)
+
+
+def weight_gradient_config(channels: int, size: int) -> TileConfig:
+    """The accumulators hold one filter row: filter columns x pixels x channels, at most 4096 floats for 128 threads."""
+    block_channels = min(32, next_power_of_2(channels))
+    return TileConfig(max(2, 4096 // (block_channels * next_power_of_2(size))), block_channels, warps=4)
+
+
+def split_count(pixels: int) -> int:
+    """In how many parts the filter's gradient is summed; from the number of pixels alone, so runs agree."""
+    return max(1, min(MAXIMUM_SPLITS, -(-pixels // PIXELS_PER_SPLIT)))

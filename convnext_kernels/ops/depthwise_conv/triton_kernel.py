@@ -1,0 +1,255 @@
+"""Depthwise convolution in Triton, on CUDA cores, channels-last."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convnext_kernels.ops.common.launch import next_power_of_2, on_device, round_up
+from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.depthwise_conv.configs import ROWS, forward_config, split_count, weight_gradient_config
+
+
+@triton.jit
+def _multiply_tap(
+    accumulator,
+    pixels,
+    weight_ptr,
+    c,
+    c_mask,
+    channels,
+    step: tl.constexpr,
+    column: tl.constexpr,
+    SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    FLIP: tl.constexpr,
+):
+    """Adds pixels * tap if the input row `step` rows below the window's top meets one of the filter's rows."""
+    if step >= 0 and step % DILATION == 0 and step // DILATION < SIZE:
+        tap: tl.constexpr = (step // DILATION) * SIZE + column
+        index: tl.constexpr = SIZE * SIZE - 1 - tap if FLIP else tap
+        weight = tl.load(weight_ptr + index * channels + c, mask=c_mask, other=0.0).to(tl.float32)
+        accumulator += pixels * weight[None, :]
+    return accumulator
+
+
+@triton.jit
+def convolve_rows(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    image,
+    row,
+    columns,
+    c,
+    height,
+    width,
+    channels,
+    SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    FLIP: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Four output rows [BLOCK_W, BLOCK_C] from `row` on, in float32. weight is [SIZE SIZE, channels].
+
+    Every input row is loaded once and multiplied into each of the four output rows whose window it meets.
+    """
+    c_mask = c < channels
+    bias = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)
+    out0 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32) + bias[None, :]
+    out1, out2, out3 = out0, out0, out0
+    radius: tl.constexpr = DILATION * (SIZE // 2)
+    image_ptr = input_ptr + image.to(tl.int64) * height * width * channels
+    for step in tl.static_range(4 + (SIZE - 1) * DILATION):
+        y = row + step - radius
+        row_ptr = image_ptr + y.to(tl.int64) * width * channels
+        for j in tl.static_range(SIZE):
+            x = columns + j * DILATION - radius
+            mask = ((y >= 0) & (y < height)) & ((x >= 0) & (x < width))
+            offsets = x[:, None] * channels + c[None, :]
+            pixels = tl.load(row_ptr + offsets, mask=mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+            out0 = _multiply_tap(out0, pixels, weight_ptr, c, c_mask, channels, step, j, SIZE, DILATION, FLIP)
+            out1 = _multiply_tap(out1, pixels, weight_ptr, c, c_mask, channels, step - 1, j, SIZE, DILATION, FLIP)
+            out2 = _multiply_tap(out2, pixels, weight_ptr, c, c_mask, channels, step - 2, j, SIZE, DILATION, FLIP)
+            out3 = _multiply_tap(out3, pixels, weight_ptr, c, c_mask, channels, step - 3, j, SIZE, DILATION, FLIP)
+    return out0, out1, out2, out3
+
+
+@triton.jit
+def tile_position(tile, height, width, BLOCK_W: tl.constexpr):
+    """Image, first output row and columns of a tile of four rows."""
+    tiles_w, tiles_h = tl.cdiv(width, BLOCK_W), tl.cdiv(height, 4)
+    columns = (tile % tiles_w) * BLOCK_W + tl.arange(0, BLOCK_W)
+    return tile // (tiles_w * tiles_h), (tile // tiles_w % tiles_h) * 4, columns
+
+
+@triton.jit
+def pixel_indices(image, row, columns, height, width):
+    """Index of a row's pixels among all pixels, and which of them exist."""
+    indices = (image.to(tl.int64) * height + row) * width + columns
+    return indices, (row < height) & (columns < width)
+
+
+@triton.jit
+def store_row(out_ptr, values, image, row, columns, c, height, width, channels):
+    """Stores one row [BLOCK_W, BLOCK_C] of an image, in the memory's dtype."""
+    indices, mask = pixel_indices(image, row, columns, height, width)
+    offsets = indices[:, None] * channels + c[None, :]
+    tl.store(out_ptr + offsets, values.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (c < channels)[None, :])
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def convolution_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    height,
+    width,
+    channels,
+    SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    FLIP: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, row, columns = tile_position(tl.program_id(0), height, width, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    out0, out1, out2, out3 = convolve_rows(
+        input_ptr, weight_ptr, bias_ptr, image, row, columns, c, height, width, channels,
+        SIZE, DILATION, FLIP, BLOCK_W, BLOCK_C,
+    )  # fmt: skip
+    store_row(out_ptr, out0, image, row, columns, c, height, width, channels)
+    store_row(out_ptr, out1, image, row + 1, columns, c, height, width, channels)
+    store_row(out_ptr, out2, image, row + 2, columns, c, height, width, channels)
+    store_row(out_ptr, out3, image, row + 3, columns, c, height, width, channels)
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "pixels_per_split"])
+def weight_gradient_kernel(
+    grad_ptr,
+    input_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    pixels,
+    pixels_per_split,
+    height,
+    width,
+    channels,
+    SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Partial gradients of one filter row (and of the bias) over one split of the pixels."""
+    split, c, i = tl.program_id(0), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.program_id(2)
+    c_mask = c < channels
+    j = tl.arange(0, BLOCK_J)
+    shift_y, shift_x = (i - SIZE // 2) * DILATION, (j - SIZE // 2) * DILATION
+    grad_weight = tl.zeros((BLOCK_J, BLOCK_P, BLOCK_C), dtype=tl.float32)
+    grad_bias = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    start = split.to(tl.int64) * pixels_per_split
+    for offset in range(0, pixels_per_split, BLOCK_P):
+        p = start + offset + tl.arange(0, BLOCK_P)
+        y, x = (p // width % height).to(tl.int32), (p % width).to(tl.int32)
+        grad_mask = (p < pixels)[:, None] & c_mask[None, :]
+        grad = tl.load(grad_ptr + p[:, None] * channels + c[None, :], mask=grad_mask, other=0.0).to(tl.float32)
+        inside_y = (p < pixels) & (y + shift_y >= 0) & (y + shift_y < height)
+        inside_x = (x[None, :] + shift_x[:, None] >= 0) & (x[None, :] + shift_x[:, None] < width)
+        inside = inside_y[None, :] & inside_x & (j < SIZE)[:, None]
+        neighbours = p[None, :] + shift_y * width + shift_x[:, None]
+        mask = inside[:, :, None] & c_mask[None, None, :]
+        values = tl.load(input_ptr + neighbours[:, :, None] * channels + c[None, None, :], mask=mask, other=0.0)
+        # Not a product with the zero of the mask: that would spread NaN and inf beyond their window.
+        grad_weight += tl.where(mask, grad[None, :, :] * values.to(tl.float32), 0.0)
+        grad_bias += grad
+    offsets = ((split * SIZE + i) * SIZE + j)[:, None] * channels + c[None, :]
+    mask = (j < SIZE)[:, None] & c_mask[None, :]
+    tl.store(grad_weight_ptr + offsets, tl.sum(grad_weight, axis=1), mask=mask)
+    if i == 0:
+        tl.store(grad_bias_ptr + split * channels + c, tl.sum(grad_bias, axis=0), mask=c_mask)
+
+
+def filter_rows(weight: Tensor) -> Tensor:
+    """The filter [C, 1, K, K] as [K K, C], so that a tap's channels lie side by side."""
+    return weight.reshape(weight.shape[0], -1).t().contiguous()
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flip: bool) -> Tensor:
+    rows = to_channels_last(input)
+    output = rows.new_empty(rows.shape)
+    batch, height, width, channels = rows.shape
+    config = forward_config(width, channels)
+    tiles = batch * -(-height // ROWS) * -(-width // config.pixels)
+    with on_device(rows):
+        convolution_kernel[(tiles, -(-channels // config.channels))](
+            rows,
+            filter_rows(weight),
+            bias,
+            output,
+            height,
+            width,
+            channels,
+            SIZE=weight.shape[-1],
+            DILATION=dilation,
+            FLIP=flip,
+            BLOCK_W=config.pixels,
+            BLOCK_C=config.channels,
+            num_warps=config.warps,
+        )
+    return from_channels_last(output)
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """As the reference's `forward`."""
+    return _convolve(input, weight, bias, dilation, flip=False)
+
+
+def _parameter_gradients(grad_output: Tensor, input: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    grads, rows = to_channels_last(grad_output), to_channels_last(input)
+    batch, height, width, channels = rows.shape
+    pixels, size = batch * height * width, weight.shape[-1]
+    config = weight_gradient_config(channels, size)
+    splits = split_count(pixels)
+    grad_weight = torch.empty((splits, size * size, channels), dtype=torch.float32, device=rows.device)
+    grad_bias = torch.empty((splits, channels), dtype=torch.float32, device=rows.device)
+    with on_device(rows):
+        weight_gradient_kernel[(splits, -(-channels // config.channels), size)](
+            grads,
+            rows,
+            grad_weight,
+            grad_bias,
+            pixels,
+            round_up(-(-pixels // splits), config.pixels),
+            height,
+            width,
+            channels,
+            SIZE=size,
+            DILATION=dilation,
+            BLOCK_J=next_power_of_2(size),
+            BLOCK_P=config.pixels,
+            BLOCK_C=config.channels,
+            num_warps=config.warps,
+        )
+    # PyTorch adds the splits in an order that their number alone fixes.
+    return grad_weight.sum(0).t().contiguous().view(weight.shape), grad_bias.sum(0)
+
+
+def backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, dilation: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's `backward`."""
+    grad_input, grad_weight, grad_bias = nothing(weight), nothing(weight), nothing(weight)
+    if wanted[0]:
+        grad_input = _convolve(grad_output, weight, None, dilation, flip=True)
+    if wanted[1] or wanted[2]:
+        weight_part, bias_part = _parameter_gradients(grad_output, input, weight, dilation)
+        grad_weight = weight_part if wanted[1] else grad_weight
+        grad_bias = bias_part if wanted[2] else grad_bias
+    return grad_input, grad_weight, grad_bias

@@ -1,0 +1,177 @@
+"""Depthwise convolution + LayerNorm in Triton: a program convolves whole pixels and normalises them in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convnext_kernels.ops.common.launch import on_device
+from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.depthwise_conv import triton_kernel as depthwise_conv
+from convnext_kernels.ops.depthwise_conv.configs import ROWS
+from convnext_kernels.ops.depthwise_conv.triton_kernel import (
+    convolve_rows,
+    filter_rows,
+    pixel_indices,
+    store_row,
+    tile_position,
+)
+from convnext_kernels.ops.depthwise_conv_layer_norm.configs import MAXIMUM_FUSED_CHANNELS, fused_config
+from convnext_kernels.ops.layer_norm import triton_kernel as layer_norm
+from convnext_kernels.ops.layer_norm.triton_kernel import affine, normalize
+
+
+@triton.jit
+def _finish_row(
+    convolved,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    convolved_ptr,
+    mean_ptr,
+    rstd_ptr,
+    image,
+    row,
+    columns,
+    c,
+    height,
+    width,
+    channels,
+    eps,
+):
+    c_mask = c < channels
+    normalized, mean, rstd = normalize(convolved, c_mask, channels, eps)
+    out = affine(normalized, norm_weight_ptr, norm_bias_ptr, c, c_mask)
+    store_row(out_ptr, out, image, row, columns, c, height, width, channels)
+    if convolved_ptr is not None:
+        indices, mask = pixel_indices(image, row, columns, height, width)
+        store_row(convolved_ptr, convolved, image, row, columns, c, height, width, channels)
+        tl.store(mean_ptr + indices, mean, mask=mask)
+        tl.store(rstd_ptr + indices, rstd, mask=mask)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def fused_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    convolved_ptr,
+    mean_ptr,
+    rstd_ptr,
+    height,
+    width,
+    channels,
+    eps,
+    SIZE: tl.constexpr,
+    DILATION: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    image, row, columns = tile_position(tl.program_id(0), height, width, BLOCK_W)
+    c = tl.arange(0, BLOCK_C)
+    row0, row1, row2, row3 = convolve_rows(
+        input_ptr, weight_ptr, bias_ptr, image, row, columns, c, height, width, channels,
+        SIZE, DILATION, False, BLOCK_W, BLOCK_C,
+    )  # fmt: skip
+    _finish_row(
+        row0, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
+        image, row, columns, c, height, width, channels, eps,
+    )  # fmt: skip
+    _finish_row(
+        row1, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
+        image, row + 1, columns, c, height, width, channels, eps,
+    )  # fmt: skip
+    _finish_row(
+        row2, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
+        image, row + 2, columns, c, height, width, channels, eps,
+    )  # fmt: skip
+    _finish_row(
+        row3, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
+        image, row + 3, columns, c, height, width, channels, eps,
+    )  # fmt: skip
+
+
+def _fused(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dilation: int,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = to_channels_last(input)
+    batch, height, width, channels = rows.shape
+    config = fused_config(width, channels)
+    output, pixels = rows.new_empty(rows.shape), batch * height * width
+    convolved = rows.new_empty(rows.shape) if save else None
+    mean, rstd = (rows.new_empty(pixels, dtype=torch.float32) if save else None for _ in range(2))
+    with on_device(rows):
+        fused_kernel[(batch * -(-height // ROWS) * -(-width // config.pixels),)](
+            rows,
+            filter_rows(weight),
+            bias,
+            norm_weight,
+            norm_bias,
+            output,
+            convolved,
+            mean,
+            rstd,
+            height,
+            width,
+            channels,
+            eps,
+            SIZE=weight.shape[-1],
+            DILATION=dilation,
+            BLOCK_W=config.pixels,
+            BLOCK_C=config.channels,
+            num_warps=config.warps,
+        )
+    output = from_channels_last(output)
+    if convolved is None or mean is None or rstd is None:
+        return output, nothing(input), nothing(input), nothing(input)
+    return output, from_channels_last(convolved), mean, rstd
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dilation: int,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference's `forward`: one kernel where whole pixels fit into registers, else two."""
+    if input.shape[1] <= MAXIMUM_FUSED_CHANNELS:
+        return _fused(input, weight, bias, norm_weight, norm_bias, dilation, eps, save)
+    convolved = depthwise_conv.forward(input, weight, bias, dilation)
+    output, mean, rstd = layer_norm.forward(convolved, norm_weight, norm_bias, eps, save)
+    return output, convolved if save else nothing(input), mean, rstd
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    convolved: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dilation: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the reference's `backward`."""
+    wanted_norm = [any(wanted[:3]), *wanted[3:]]
+    grad_convolved, grad_norm_weight, grad_norm_bias = layer_norm.backward(
+        grad_output, convolved, norm_weight, mean, rstd, wanted_norm
+    )
+    grads = depthwise_conv.backward(grad_convolved, input, weight, dilation, wanted[:3])
+    return (*grads, grad_norm_weight, grad_norm_bias)

@@ -1,0 +1,25 @@
+"""Launch configurations of LayerNorm: data, and the rule that picks among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from convnext_kernels.ops.common.launch import next_power_of_2
+
+# Partial parameter gradients, one for each program: four programs for each of the 132 multiprocessors of an H200.
+BACKWARD_PROGRAMS = 528
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Tokens of a tile, channels padded to a power of two, and warps."""
+
+    tokens: int
+    channels: int
+    warps: int
+
+
+def norm_config(channels: int) -> NormConfig:
+    """A tile of 2048 elements is 16 for each of 128 threads; wider tokens get more warps at 16 to 32 a thread."""
+    padded = next_power_of_2(channels)
+    return NormConfig(max(1, 2048 // padded), padded, warps=4 if padded <= 2048 else 8)

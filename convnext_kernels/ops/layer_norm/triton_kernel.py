@@ -1,0 +1,169 @@
+"""LayerNorm over channels in Triton: a program holds whole tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convnext_kernels.ops.common.launch import on_device
+from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.layer_norm.configs import BACKWARD_PROGRAMS, norm_config
+
+
+@triton.jit
+def normalize(tile, c_mask, channels, eps):
+    """(tile - mean) * rstd over the last dimension, mean and rstd; variance from differences, not from squares."""
+    mean = tl.sum(tile, axis=1) / channels
+    centered = tl.where(c_mask[None, :], tile - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / channels + eps)
+    return centered * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def affine(tile, weight_ptr, bias_ptr, c, c_mask):
+    """tile * weight + bias over the last dimension; either may be None."""
+    if weight_ptr is not None:
+        tile *= tl.load(weight_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        tile += tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+    return tile
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def forward_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    tokens,
+    channels,
+    eps,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.arange(0, BLOCK_C)
+    t_mask, c_mask = t < tokens, c < channels
+    offsets, mask = t[:, None] * channels + c[None, :], t_mask[:, None] & c_mask[None, :]
+    tile = tl.load(input_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    normalized, mean, rstd = normalize(tile, c_mask, channels, eps)
+    out = affine(normalized, weight_ptr, bias_ptr, c, c_mask)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + t, mean, mask=t_mask)
+        tl.store(rstd_ptr + t, rstd, mask=t_mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_program"])
+def backward_kernel(
+    grad_ptr,
+    input_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    grad_input_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    tokens,
+    tokens_per_program,
+    channels,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    program = tl.program_id(0).to(tl.int64)
+    grad_weight = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    grad_bias = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for start in range(0, tokens_per_program, BLOCK_T):
+        t = program * tokens_per_program + start + tl.arange(0, BLOCK_T)
+        t_mask = t < tokens
+        offsets, mask = t[:, None] * channels + c[None, :], t_mask[:, None] & c_mask[None, :]
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tile = tl.load(input_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + t, mask=t_mask, other=0.0)
+        rstd = tl.load(rstd_ptr + t, mask=t_mask, other=0.0)
+        normalized = tl.where(c_mask[None, :], (tile - mean[:, None]) * rstd[:, None], 0.0)
+        grad_weight += grad * normalized
+        grad_bias += grad
+        if grad_input_ptr is not None:
+            grad = affine(grad, weight_ptr, None, c, c_mask)
+            mean_grad = tl.sum(grad, axis=1) / channels
+            mean_product = tl.sum(grad * normalized, axis=1) / channels
+            grad_input = rstd[:, None] * (grad - mean_grad[:, None] - normalized * mean_product[:, None])
+            tl.store(grad_input_ptr + offsets, grad_input.to(grad_input_ptr.dtype.element_ty), mask=mask)
+    tl.store(grad_weight_ptr + program * channels + c, tl.sum(grad_weight, axis=0), mask=c_mask)
+    tl.store(grad_bias_ptr + program * channels + c, tl.sum(grad_bias, axis=0), mask=c_mask)
+
+
+def forward(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's `forward`."""
+    rows = to_channels_last(input)
+    channels = rows.shape[-1]
+    tokens, config = rows.numel() // channels, norm_config(channels)
+    output = rows.new_empty(rows.shape)
+    mean, rstd = (rows.new_empty(tokens, dtype=torch.float32) if save else None for _ in range(2))
+    with on_device(rows):
+        forward_kernel[(-(-tokens // config.tokens),)](
+            rows,
+            weight,
+            bias,
+            output,
+            mean,
+            rstd,
+            tokens,
+            channels,
+            eps,
+            BLOCK_T=config.tokens,
+            BLOCK_C=config.channels,
+            num_warps=config.warps,
+        )
+    if mean is None or rstd is None:
+        return from_channels_last(output), nothing(rows), nothing(rows)
+    return from_channels_last(output), mean, rstd
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's `backward`."""
+    grads, rows = to_channels_last(grad_output), to_channels_last(input)
+    channels = rows.shape[-1]
+    tokens, config = rows.numel() // channels, norm_config(channels)
+    per_program = config.tokens * max(1, -(-tokens // (config.tokens * BACKWARD_PROGRAMS)))
+    programs = max(1, -(-tokens // per_program))
+    grad_input = rows.new_empty(rows.shape) if wanted[0] else None
+    partial = torch.empty((2, programs, channels), dtype=torch.float32, device=rows.device)
+    with on_device(rows):
+        backward_kernel[(programs,)](
+            grads,
+            rows,
+            weight,
+            mean,
+            rstd,
+            grad_input,
+            partial[0],
+            partial[1],
+            tokens,
+            per_program,
+            channels,
+            BLOCK_T=config.tokens,
+            BLOCK_C=config.channels,
+            num_warps=config.warps,
+        )
+    return (
+        nothing(input) if grad_input is None else from_channels_last(grad_input),
+        partial[0].sum(0) if wanted[1] else nothing(input),
+        partial[1].sum(0) if wanted[2] else nothing(input),
+    )

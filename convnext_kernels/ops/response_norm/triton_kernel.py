@@ -1,0 +1,154 @@
+"""Global response normalisation in Triton: one pass for the sums over each image, one that applies them.
+
+The arithmetic on [N, C] between the two is the reference's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from convnext_kernels.ops.common.launch import on_device, round_up
+from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.response_norm.configs import BLOCK_CHANNELS, BLOCK_TOKENS, WARPS, split_count
+from convnext_kernels.ops.response_norm.reference import input_coefficients, scales, weight_gradient
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
+def sums_kernel(
+    a_ptr,
+    b_ptr,
+    dots_ptr,
+    sums_ptr,
+    tokens,
+    tokens_per_split,
+    channels,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Over one split of an image's tokens: the sum of a b and, where asked for, of a."""
+    image, split = tl.program_id(0), tl.program_id(2)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    image_offset = image.to(tl.int64) * tokens * channels
+    dots = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for start in range(0, tokens_per_split, BLOCK_T):
+        t = split * tokens_per_split + start + tl.arange(0, BLOCK_T)
+        mask = (t < tokens)[:, None] & c_mask[None, :]
+        offsets = image_offset + t.to(tl.int64)[:, None] * channels + c[None, :]
+        a = tl.load(a_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dots += a * b
+        sums += a
+    out = (split.to(tl.int64) * tl.num_programs(0) + image) * channels + c
+    tl.store(dots_ptr + out, tl.sum(dots, axis=0), mask=c_mask)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + out, tl.sum(sums, axis=0), mask=c_mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def apply_kernel(
+    a_ptr,
+    a_scale_ptr,
+    b_ptr,
+    b_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    channels,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = a * a_scale[image, channel] + b * b_scale[image, channel] + bias[channel]; b and bias may be None."""
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    image, t = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    mask = (t < tokens)[:, None] & c_mask[None, :]
+    offsets = (image.to(tl.int64) * tokens + t)[:, None] * channels + c[None, :]
+    scale_offsets = image.to(tl.int64) * channels + c
+    a_scale = tl.load(a_scale_ptr + scale_offsets, mask=c_mask, other=0.0)
+    out = tl.load(a_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * a_scale[None, :]
+    if b_ptr is not None:
+        b_scale = tl.load(b_scale_ptr + scale_offsets, mask=c_mask, other=0.0)
+        out += tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * b_scale[None, :]
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _sizes(rows: Tensor) -> tuple[int, int, int]:
+    batch, channels = rows.shape[0], rows.shape[-1]
+    return batch, rows[0].numel() // channels if batch else 1, channels
+
+
+def _sums(a: Tensor, b: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """Sums over each image's tokens of a b and of a, [N, C] in float32."""
+    batch, tokens, channels = _sizes(a)
+    splits = split_count(tokens)
+    dots = torch.empty((splits, batch, channels), dtype=torch.float32, device=a.device)
+    sums = torch.empty_like(dots) if with_sums else None
+    with on_device(a):
+        sums_kernel[(batch, -(-channels // BLOCK_CHANNELS), splits)](
+            a,
+            b,
+            dots,
+            sums,
+            tokens,
+            round_up(-(-tokens // splits), BLOCK_TOKENS),
+            channels,
+            BLOCK_T=BLOCK_TOKENS,
+            BLOCK_C=BLOCK_CHANNELS,
+            num_warps=WARPS,
+        )
+    return dots.sum(0), None if sums is None else sums.sum(0)
+
+
+def _apply(
+    a: Tensor, a_scale: Tensor, b: Tensor | None = None, b_scale: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    batch, tokens, channels = _sizes(a)
+    output = a.new_empty(a.shape)
+    with on_device(a):
+        apply_kernel[(batch * -(-tokens // BLOCK_TOKENS), -(-channels // BLOCK_CHANNELS))](
+            a,
+            a_scale,
+            b,
+            b_scale,
+            bias,
+            output,
+            tokens,
+            channels,
+            BLOCK_T=BLOCK_TOKENS,
+            BLOCK_C=BLOCK_CHANNELS,
+            num_warps=WARPS,
+        )
+    return output
+
+
+def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As the reference's `forward`."""
+    rows = to_channels_last(input)
+    squares, _ = _sums(rows, rows, with_sums=False)
+    norms = squares.sqrt()
+    return from_channels_last(_apply(rows, scales(norms, weight, eps), bias=bias)), norms
+
+
+def backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, norms: Tensor, eps: float, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's `backward`."""
+    grads, rows = to_channels_last(grad_output), to_channels_last(input)
+    grad_input, grad_weight, grad_bias = nothing(input), nothing(input), nothing(input)
+    dots, sums = _sums(grads, rows, with_sums=wanted[2])
+    if wanted[0]:
+        coefficients = input_coefficients(norms, dots, weight, eps)
+        grad_input = from_channels_last(_apply(grads, scales(norms, weight, eps), rows, coefficients))
+    if wanted[1]:
+        grad_weight = weight_gradient(norms, dots, eps)
+    if sums is not None:
+        grad_bias = sums.sum(0)
+    return grad_input, grad_weight, grad_bias
