@@ -209,6 +209,7 @@ def test_a_library_that_fails_to_import_is_a_reason(installed, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_installed_library_runs_on_the_device():
     if build.missing_reasons():
         pytest.skip(build.missing_reasons()[0])
