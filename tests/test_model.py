@@ -194,7 +194,7 @@ def test_exported_backbone():
 
 def test_context_chooses_the_backend_of_the_whole_model():
     model, _ = make_pair()
-    with use_backend("cuda"), pytest.raises(RuntimeError, match="patch_linear.*'cuda' cannot run"):
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=r"patch_linear.*'cuda' cannot run"):
         model(torch.randn(1, 3, 64, 64))
 
 
