@@ -2,7 +2,21 @@
 
 from convnext_kernels import functional
 from convnext_kernels.backends import use_backend
+from convnext_kernels.block import ConvNeXtBlock
 from convnext_kernels.build import __version__, build_info
+from convnext_kernels.checkpoints import load_checkpoint
 from convnext_kernels.functional import explain
+from convnext_kernels.model import ConvNeXt, create_model, list_models
 
-__all__ = ["__version__", "build_info", "explain", "functional", "use_backend"]
+__all__ = [
+    "ConvNeXt",
+    "ConvNeXtBlock",
+    "__version__",
+    "build_info",
+    "create_model",
+    "explain",
+    "functional",
+    "list_models",
+    "load_checkpoint",
+    "use_backend",
+]

@@ -21,7 +21,9 @@ BACKENDS = ("cuda", "triton", "reference")
 
 MINIMUM_CAPABILITY = (8, 0)
 
-_requested: ContextVar[str] = ContextVar("convnext_kernels_backend", default="auto")
+# The backends of the enclosing `use_backend` contexts, of the whole process like PyTorch's own flags: torch.compile guards
+# on a list, but not on a thread's local, and PyTorch 2.11 cannot trace a context variable.
+_requested = ["auto"]
 _explaining: ContextVar[bool] = ContextVar("convnext_kernels_explaining", default=False)
 
 
@@ -62,21 +64,23 @@ def check_backend(backend: str) -> str:
 
 def requested_backend(backend: str | None) -> str:
     """The backend of a call: its own argument, else that of the enclosing `use_backend`, else "auto"."""
-    return _requested.get() if backend is None else check_backend(backend)
+    return _requested[-1] if backend is None else check_backend(backend)
 
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Within the context, every operator called without a `backend` of its own uses this one.
 
+    It holds for the whole process, not for one thread.
+
     Args:
         backend: "auto", "cuda", "triton" or "reference". A named backend that cannot run a call raises there.
     """
-    token = _requested.set(check_backend(backend))
+    _requested.append(check_backend(backend))
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.pop()
 
 
 @contextmanager
@@ -106,6 +110,8 @@ def _triton_reasons(device: torch.device, dtype: torch.dtype, by_name: bool) -> 
         reasons.append(f"the tensors are on {device.type}; Triton's kernels are for CUDA")
     elif not interpreting():
         reasons.append("the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
+    elif dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter rounds bfloat16 toward zero and multiplies it as integers")
     elif not by_name:
         reasons.append("Triton's interpreter checks kernels and is slow; it is used only when asked for by name")
     if dtype == torch.float64:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.launch import float32_precision, on_device, round_up
 from convnext_kernels.ops.common.matmul_configs import MatmulConfig, matmul_config, split_count
-from convnext_kernels.ops.common.triton_math import dot, gelu, gelu_derivative
+from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
 
 class Matrix(NamedTuple):
@@ -147,7 +147,7 @@ def matmul_kernel(
             a = (a.to(tl.float32) * inner_scale[None, :]).to(a_ptr.dtype.element_ty)
         if row_sums_ptr is not None:
             row_sums += tl.sum(a.to(tl.float32), axis=1)
-        accumulator = dot(a, b, accumulator, PRECISION)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
 
     mask = m_mask[:, None] & n_mask[None, :]
     dense = m.to(tl.int64)[:, None] * columns + n[None, :]
@@ -155,14 +155,14 @@ def matmul_kernel(
         accumulator += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
     if DERIVATIVE:
         pre_activation = tl.load(pre_activation_ptr + dense, mask=mask, other=0.0).to(tl.float32)
-        accumulator *= gelu_derivative(pre_activation, ACTIVATION == "gelu_tanh")
+        accumulator *= gelu_derivative(pre_activation, ACTIVATION)
         if hidden_ptr is not None:
-            hidden = gelu(pre_activation, ACTIVATION == "gelu_tanh")
+            hidden = gelu(pre_activation, ACTIVATION)
             tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
     elif ACTIVATION is not None:
         if pre_activation_ptr is not None:
             tl.store(pre_activation_ptr + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
-        accumulator = gelu(accumulator, ACTIVATION == "gelu_tanh")
+        accumulator = gelu(accumulator, ACTIVATION)
     if column_scale_ptr is not None:
         accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
     if row_scale_ptr is not None:
@@ -228,7 +228,7 @@ def _launch(
             A_PATCH=a.patch,
             B_PATCH=b.patch,
             OUT_PATCH=out.patch,
-            ACTIVATION=epilogue.activation,
+            ACTIVATION=epilogue.activation and gelu_form(epilogue.activation, a.tensor.dtype),
             DERIVATIVE=epilogue.derivative,
             PRECISION=float32_precision(),
             BLOCK_M=config.block_m,

@@ -58,34 +58,35 @@ def convolve_rows(
     Every input row is loaded once and multiplied into each of the four output rows whose window it meets.
     """
     c_mask = c < channels
-    bias = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)
-    out0 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32) + bias[None, :]
+    out0 = tl.zeros((BLOCK_W, BLOCK_C), dtype=tl.float32)
     out1, out2, out3 = out0, out0, out0
     radius: tl.constexpr = DILATION * (SIZE // 2)
     image_ptr = input_ptr + image.to(tl.int64) * height * width * channels
     for step in tl.static_range(4 + (SIZE - 1) * DILATION):
         y = row + step - radius
-        row_ptr = image_ptr + y.to(tl.int64) * width * channels
         for j in tl.static_range(SIZE):
             x = columns + j * DILATION - radius
-            mask = ((y >= 0) & (y < height)) & ((x >= 0) & (x < width))
-            offsets = x[:, None] * channels + c[None, :]
-            pixels = tl.load(row_ptr + offsets, mask=mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
+            mask = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            offsets = ((y.to(tl.int64) * width + x) * channels)[:, None] + c[None, :]
+            pixels = tl.load(image_ptr + offsets, mask=mask[:, None] & c_mask[None, :], other=0.0).to(tl.float32)
             out0 = _multiply_tap(out0, pixels, weight_ptr, c, c_mask, channels, step, j, SIZE, DILATION, FLIP)
             out1 = _multiply_tap(out1, pixels, weight_ptr, c, c_mask, channels, step - 1, j, SIZE, DILATION, FLIP)
             out2 = _multiply_tap(out2, pixels, weight_ptr, c, c_mask, channels, step - 2, j, SIZE, DILATION, FLIP)
             out3 = _multiply_tap(out3, pixels, weight_ptr, c, c_mask, channels, step - 3, j, SIZE, DILATION, FLIP)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+        out0, out1, out2, out3 = out0 + bias, out1 + bias, out2 + bias, out3 + bias
     return out0, out1, out2, out3
 
 
 @triton.jit
 def tile_position(tile, height, width, BLOCK_W: tl.constexpr):
-    """Image, first output row and columns of a tile of four rows."""
+    """Image, first output row (for each column) and columns of a tile of four rows."""
     tiles_w, tiles_h = tl.cdiv(width, BLOCK_W), tl.cdiv(height, 4)
     columns = (tile % tiles_w) * BLOCK_W + tl.arange(0, BLOCK_W)
-    return tile // (tiles_w * tiles_h), (tile // tiles_w % tiles_h) * 4, columns
+    # A row for each column: the interpreter of Triton 3.9 cannot make a mask of a scalar and a vector.
+    row = (tile // tiles_w % tiles_h) * 4 + tl.zeros_like(columns)
+    return tile // (tiles_w * tiles_h), row, columns
 
 
 @triton.jit

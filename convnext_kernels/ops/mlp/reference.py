@@ -74,7 +74,7 @@ def forward(
         hidden = torch.ops.aten.gelu_(pre_activation, approximate=approximate)
     if grn_weight is not None and grn_bias is not None:
         hidden, _ = response_norm.forward(hidden.flatten(1, -2), grn_weight, grn_bias, grn_eps)
-        hidden = hidden.view(*rows.shape[:-1], -1)
+        hidden = hidden.view(pre_activation.shape)
     output = F.linear(hidden, weight2.to(dtype), bias2)
     scale = branch_scale(rows, layer_scale, drop_path_factor)
     if residual is not None:

@@ -45,10 +45,11 @@ def backward(grad_output: Tensor, input: Tensor, weight: Tensor, wanted: list[bo
     grads = to_channels_last(grad_output)
     size, dtype = weight.shape[-1], statistics_dtype(input)
     batch, height, width, outputs = grads.shape
+    channels = input.shape[1]
     if wanted[0]:
         patches = grads @ patch_weight(weight, input.dtype)
-        grid = patches.view(batch, height, width, size, size, -1).transpose(2, 3)
-        rows = grid.reshape(batch, height * size, width * size, -1)
+        grid = patches.view(batch, height, width, size, size, channels).transpose(2, 3)
+        rows = grid.reshape(batch, height * size, width * size, channels)
         padding = (0, 0, 0, input.shape[3] - width * size, 0, input.shape[2] - height * size)
         grad_input = from_channels_last(F.pad(rows, padding).contiguous())
     if wanted[1]:
