@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from convnext_kernels.backends import choose
 
@@ -72,6 +73,25 @@ def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd
         return below_autograd(operator, *arguments)
 
     LIBRARY.impl(operator._schema.name.split("::")[1], autograd, "Autograd")
+
+
+def gradient_of_output(
+    backward: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an autograd function that differentiates its first output alone, and only once.
+
+    Its other outputs are what it saved. With `ctx.set_materialize_grads(False)` in its forward, PyTorch makes no zeros of
+    their size for gradients that do not exist.
+    """
+
+    @once_differentiable
+    @wraps(backward)
+    def run(ctx: Any, grad_output: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, grad_output)
+
+    return run
 
 
 def requested_gradients(

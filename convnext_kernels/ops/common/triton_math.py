@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _normal_tail(magnitude):
     """Phi(-a) for 0 <= a <= 5.5 as 2^polynomial, a least-squares fit of log2 Phi(-a)."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convnext_kernels.ops.common.layouts import empty_like, nothing, statistics_dtype
 from convnext_kernels.ops.common.registration import (
@@ -14,6 +13,7 @@ from convnext_kernels.ops.common.registration import (
     define,
     differentiate,
     dtypes_of,
+    gradient_of_output,
     requested_gradients,
 )
 from convnext_kernels.ops.depthwise_conv.operator import filter_limits
@@ -101,14 +101,15 @@ class _DepthwiseConv2dLayerNorm(torch.autograd.Function):
             FORWARD, input, weight, bias, norm_weight, norm_bias, dilation, eps, True, backend
         )
         ctx.save_for_backward(input, weight, norm_weight, convolved, mean, rstd)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(convolved, mean, rstd)
         ctx.dilation, ctx.backend = dilation, backend
         ctx.dtypes = dtypes_of(input, weight, bias, norm_weight, norm_bias)
         return output, convolved, mean, rstd
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    @gradient_of_output
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:5])
         gradients = BACKWARD(grad_output, *ctx.saved_tensors, ctx.dilation, wanted, ctx.backend)
         return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None, None, None)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convnext_kernels.ops.common.layouts import empty_like, nothing, statistics_dtype
 from convnext_kernels.ops.common.registration import (
@@ -14,6 +13,7 @@ from convnext_kernels.ops.common.registration import (
     define,
     differentiate,
     dtypes_of,
+    gradient_of_output,
     requested_gradients,
 )
 
@@ -119,14 +119,15 @@ class _MLP(torch.autograd.Function):
         ctx.save_for_backward(
             input, pre_activation, weight1, weight2, bias2, layer_scale, drop_path_factor, grn_weight, grn_bias
         )
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pre_activation)
         ctx.grn_eps, ctx.activation, ctx.backend = grn_eps, activation, backend
         ctx.dtypes = dtypes_of(input, *parameters, *grn)
         return output, pre_activation
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @gradient_of_output
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         wanted = [*needs[:6], *needs[8:10]]
         gradients = BACKWARD(grad_output, *ctx.saved_tensors, ctx.grn_eps, ctx.activation, wanted, ctx.backend)

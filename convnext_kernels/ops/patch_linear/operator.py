@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convnext_kernels.ops.common.layouts import empty_like, nothing, statistics_dtype
 from convnext_kernels.ops.common.registration import (
@@ -14,6 +13,7 @@ from convnext_kernels.ops.common.registration import (
     define,
     differentiate,
     dtypes_of,
+    gradient_of_output,
     requested_gradients,
 )
 
@@ -66,7 +66,7 @@ class _PatchLinear(torch.autograd.Function):
         return below_autograd(FORWARD, input, weight, bias, backend)
 
     @staticmethod
-    @once_differentiable
+    @gradient_of_output
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:3])
         gradients = BACKWARD(grad_output, *ctx.saved_tensors, wanted, ctx.backend)

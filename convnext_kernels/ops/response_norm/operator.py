@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from convnext_kernels.ops.common.layouts import channels, empty_like, nothing, statistics_dtype
 from convnext_kernels.ops.common.registration import (
@@ -14,6 +13,7 @@ from convnext_kernels.ops.common.registration import (
     define,
     differentiate,
     dtypes_of,
+    gradient_of_output,
     requested_gradients,
 )
 
@@ -62,14 +62,15 @@ class _GlobalResponseNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         output, norms = below_autograd(FORWARD, input, weight, bias, eps, backend)
         ctx.save_for_backward(input, weight, norms)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(norms)
         ctx.eps, ctx.backend = eps, backend
         ctx.dtypes = dtypes_of(input, weight, bias)
         return output, norms
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @gradient_of_output
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:3])
         gradients = BACKWARD(grad_output, *ctx.saved_tensors, ctx.eps, wanted, ctx.backend)
         return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None)
