@@ -158,8 +158,8 @@ class TaskRun:
         work, optimizer = self.task.work(module)
         if name == COMPILED:
             torch.compiler.reset()
-            module.compile()
             try:
+                module.compile()
                 work(self.task.inputs)
             except Exception as error:  # whatever the compiler runs into is a result, not the end of the benchmark
                 self.failures[name] = f"torch.compile failed: {_first_line(error)}"
@@ -206,6 +206,7 @@ def run_tasks(options: Options, photographs: Photographs) -> list[Row]:
                 progress.update(bar, description=f"{label}: parity and compilation" if options.compile else label)
                 run = TaskRun(task, options.compile)
                 rounds = options.rounds(task)
+                progress.update(bar, description=f"{label}: {rounds} rounds")
                 advance = partial(progress.advance, bar, 1 / (rounds * len(run.works)))
                 rows += run.rows(measure(run.works, task.inputs, rounds, advance))
                 done += 1
@@ -227,7 +228,7 @@ def full_float32() -> Iterator[None]:
 
 def _cells(row: Row) -> list[str]:
     if row.failure is not None or row.milliseconds is None or row.quartiles is None:
-        return [row.mode, row.contender, f"[red]{row.failure}[/red]"]
+        return [row.mode, row.contender, "[red]failed[/red]"]
     lower, upper = row.quartiles
     error = max((check.error for check in row.parity), default=None) if row.parity else None
     return [
@@ -244,18 +245,22 @@ def _cells(row: Row) -> list[str]:
 
 def show(rows: Sequence[Row], options: Options, target: Console) -> None:
     """Prints one table for each model."""
-    for model, of_model in groupby(rows, key=lambda row: row.model):
+    for model in options.models:
         title = f"{model}, batch {options.batch_size} at {options.resolution}, {options.dtype}"
         table = Table(title=f"{title}\n{device_name(options.device)}", title_style="bold")
         table.add_column("mode")
         table.add_column("contender")
         for column in ("images/s", "ms", "quartiles, ms", "peak MiB", "ratio", "error"):
             table.add_column(column, justify="right")
+        of_model = [row for row in rows if row.model == model]
         for _, of_mode in groupby(of_model, key=lambda row: row.mode):
             for row in of_mode:
                 table.add_row(*_cells(row), style="bold" if row.contender == OURS else None)
             table.add_section()
         target.print(table)
+        for row in of_model:
+            if row.failure is not None:
+                target.print(f"{row.mode}, {row.contender}: {row.failure}", style="red", markup=False)
 
 
 def report(rows: Sequence[Row], options: Options, photographs: Photographs) -> dict[str, Any]:

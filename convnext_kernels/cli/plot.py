@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,18 +82,25 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((row.model, row.mode) for row in rows))
 
 
+def _quartiles(row: Row) -> tuple[float, float]:
+    """Images per second at the slow and at the fast quartile of time."""
+    fast, slow = row.quartiles or (math.nan, math.nan)
+    batch = (row.images_per_second or math.nan) * (row.milliseconds or math.nan)
+    return batch / slow, batch / fast
+
+
 def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
     groups = _groups(rows)
     contenders = [name for name in COLOURS if any(row.contender == name for row in rows)]
     width = 0.8 / len(contenders)
-    top = max((row.images_per_second or 0.0) for row in rows)
+    top = max((_quartiles(row)[1] for row in rows if row.failure is None), default=1.0)
     for row in rows:
         index = contenders.index(row.contender)
         x = groups.index((row.model, row.mode)) + (index - (len(contenders) - 1) / 2) * width
-        if row.images_per_second is None or row.quartiles is None or row.milliseconds is None:
+        if row.failure is not None or row.images_per_second is None:
             axis.text(x, 0, " failed", rotation=90, ha="center", va="bottom", color=COLOURS[row.contender])
             continue
-        slow, fast = (row.images_per_second * row.milliseconds / time for time in reversed(row.quartiles))
+        slow, fast = _quartiles(row)
         error = [[row.images_per_second - slow], [fast - row.images_per_second]]
         axis.bar(
             x,
@@ -100,7 +108,7 @@ def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
             width * 0.92,
             color=COLOURS[row.contender],
             yerr=error,
-            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
+            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 3},
         )
         label = f"{row.images_per_second:.3g}\n{row.ratio_to_eager:.2f}x"
         weight = "bold" if row.contender == OURS else "normal"
@@ -109,7 +117,7 @@ def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
     labels = [(f"{model}\n" if several else "") + mode.replace(", ", "\n") for model, mode in groups]
     axis.set_xticks(range(len(groups)), labels)
     axis.set_xlim(-0.55, len(groups) - 0.45)
-    axis.set_ylim(0, 1.22 * top if top else 1)
+    axis.set_ylim(0, 1.2 * top)
     axis.set_ylabel("images per second")
     axis.grid(axis="y", color="#e3e6ea")
     axis.legend(
