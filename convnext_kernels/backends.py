@@ -21,8 +21,8 @@ BACKENDS = ("cuda", "triton", "reference")
 
 MINIMUM_CAPABILITY = (8, 0)
 
-# The backends of the enclosing `use_backend` contexts, of the whole process like PyTorch's own flags: torch.compile guards
-# on a list, but not on a thread's local, and PyTorch 2.11 cannot trace a context variable.
+# The backends of the enclosing `use_backend` contexts, of the whole process like PyTorch's own flags: torch.compile
+# guards on a list, but not on a thread's local, and PyTorch 2.11 cannot trace a context variable.
 _requested = ["auto"]
 _explaining: ContextVar[bool] = ContextVar("convnext_kernels_explaining", default=False)
 

@@ -44,12 +44,12 @@ def explain(operator: str | Callable[..., Tensor], *args: Any, **kwargs: Any) ->
     Raises:
         ValueError: no operator has that name, or an argument does not fit.
     """
-    function = OPERATORS.get(operator) if isinstance(operator, str) else operator
-    if function not in OPERATORS.values():
-        raise ValueError(f"operator: got {operator!r}; accepted: {', '.join(OPERATORS)}")
+    name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
+    if name not in OPERATORS:
+        raise ValueError(f"operator: got {name!r}; accepted: {', '.join(OPERATORS)}")
     try:
         with explaining(), torch.no_grad():
-            function(*args, **kwargs)
+            OPERATORS[name](*args, **kwargs)
     except ExplanationReached as reached:
         return reached.explanation
-    raise RuntimeError(f"{function.__name__} chose no backend: please report this call")
+    raise RuntimeError(f"{name} chose no backend: please report this call")

@@ -1,8 +1,8 @@
 """How far an operator is from the truth: its error against float64, beside PyTorch's own in the same dtype.
 
-The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps). Two measures are taken, ||out - exact|| / ||exact|| and
-max|out - exact| / max|exact|, and the one nearer its limit counts. Every scale (layer scale, norm weights) is drawn near
-1: at the 1e-6 that layer scale starts from, any kernel would pass.
+The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps). Two measures are taken,
+||out - exact|| / ||exact|| and max|out - exact| / max|exact|, and the one nearer its limit counts. Every scale (layer
+scale, norm weights) is drawn near 1: at the 1e-6 that layer scale starts from, any kernel would pass.
 """
 
 from __future__ import annotations
@@ -200,14 +200,15 @@ def _results(
 def poisoned_memory() -> Iterator[None]:
     """Within the context, memory that PyTorch allocates uninitialised holds NaN, so that an unwritten element shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # typed so because the module defines its settings as properties
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:

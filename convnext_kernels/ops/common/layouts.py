@@ -1,4 +1,4 @@
-"""Layouts and precision. Operators take images [N, C, H, W] or tokens [N, L, C]; kernels see channels in the last dimension."""
+"""Layouts and precision: operators take images [N, C, H, W] or tokens [N, L, C], kernels see channels last."""
 
 from __future__ import annotations
 

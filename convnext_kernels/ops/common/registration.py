@@ -80,8 +80,8 @@ def gradient_of_output(
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     """The backward of an autograd function that differentiates its first output alone, and only once.
 
-    Its other outputs are what it saved. With `ctx.set_materialize_grads(False)` in its forward, PyTorch makes no zeros of
-    their size for gradients that do not exist.
+    Its other outputs are what it saved. With `ctx.set_materialize_grads(False)` in its forward, PyTorch makes no zeros
+    of their size for gradients that do not exist.
     """
 
     @once_differentiable

@@ -44,8 +44,8 @@ def patches(images: Tensor, size: int) -> Matrix:
 class Epilogue(NamedTuple):
     """What is done to a product before it is stored, in this order; None leaves a step out.
 
-    bias [columns] is added; `pre_activation` receives the sum, before `activation`; or, with `derivative`, the product is
-    multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. Then
+    bias [columns] is added; `pre_activation` receives the sum, before `activation`; or, with `derivative`, the product
+    is multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. Then
     column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual` is added.
     """
 
@@ -174,7 +174,7 @@ def matmul_kernel(
     out_columns = _column_offsets(n, stride_on, OUT_PATCH, width, channels)
     out_offsets = split.to(tl.int64) * rows * columns + out_rows[:, None] + out_columns[None, :]
     tl.store(out_ptr + out_offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
-    if row_sums_ptr is not None:
+    if row_sums_ptr is not None:  # noqa: SIM102 - this test is the compiler's, the next one the GPU's
         if tile_n == 0:
             tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, row_sums, mask=m_mask)
 
@@ -240,7 +240,10 @@ def _launch(
         )
 
 
-def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = Epilogue()) -> None:
+PLAIN = Epilogue()
+
+
+def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = PLAIN) -> None:
     """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
     _launch(a, b, out, shape, matmul_config(shape[1], a.tensor.dtype), epilogue)
 

@@ -182,14 +182,19 @@ def filter_rows(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1).t().contiguous()
 
 
+def tile_count(images: Tensor, block_w: int) -> int:
+    """How many tiles of `tile_position` cover images [N, H, W, C]."""
+    batch, height, width, _ = images.shape
+    return batch * -(-height // ROWS) * -(-width // block_w)
+
+
 def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, flip: bool) -> Tensor:
     rows = to_channels_last(input)
     output = rows.new_empty(rows.shape)
-    batch, height, width, channels = rows.shape
+    _, height, width, channels = rows.shape
     config = forward_config(width, channels)
-    tiles = batch * -(-height // ROWS) * -(-width // config.pixels)
     with on_device(rows):
-        convolution_kernel[(tiles, -(-channels // config.channels))](
+        convolution_kernel[(tile_count(rows, config.pixels), -(-channels // config.channels))](
             rows,
             filter_rows(weight),
             bias,

@@ -10,12 +10,12 @@ from torch import Tensor
 from convnext_kernels.ops.common.launch import on_device
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.depthwise_conv import triton_kernel as depthwise_conv
-from convnext_kernels.ops.depthwise_conv.configs import ROWS
 from convnext_kernels.ops.depthwise_conv.triton_kernel import (
     convolve_rows,
     filter_rows,
     pixel_indices,
     store_row,
+    tile_count,
     tile_position,
 )
 from convnext_kernels.ops.depthwise_conv_layer_norm.configs import MAXIMUM_FUSED_CHANNELS, fused_config
@@ -113,7 +113,7 @@ def _fused(
     convolved = rows.new_empty(rows.shape) if save else None
     mean, rstd = (rows.new_empty(pixels, dtype=torch.float32) if save else None for _ in range(2))
     with on_device(rows):
-        fused_kernel[(batch * -(-height // ROWS) * -(-width // config.pixels),)](
+        fused_kernel[(tile_count(rows, config.pixels),)](
             rows,
             filter_rows(weight),
             bias,

@@ -19,15 +19,22 @@ APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 """PyTorch's names of the two GELUs."""
 
 
+def image_factor(rows: Tensor, drop_path_factor: Tensor) -> Tensor:
+    """drop_path_factor [N] in at least float32, shaped to multiply rows [N, ..., C]."""
+    return at_least_float32(drop_path_factor).view(-1, *[1] * (rows.dim() - 1))
+
+
 def branch_scale(rows: Tensor, layer_scale: Tensor | None, drop_path_factor: Tensor | None) -> Tensor | None:
     """layer_scale * drop_path_factor, shaped to multiply rows [N, ..., C]; None if both are."""
-    if drop_path_factor is not None:
-        drop_path_factor = at_least_float32(drop_path_factor).view(-1, *[1] * (rows.dim() - 1))
-    if layer_scale is not None:
-        layer_scale = at_least_float32(layer_scale)
-    if layer_scale is None or drop_path_factor is None:
-        return drop_path_factor if layer_scale is None else layer_scale
-    return layer_scale * drop_path_factor
+    if drop_path_factor is None:
+        return None if layer_scale is None else at_least_float32(layer_scale)
+    factor = image_factor(rows, drop_path_factor)
+    return factor if layer_scale is None else at_least_float32(layer_scale) * factor
+
+
+def scaled_weight2(weight2: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """diag(layer_scale) weight2: the output's gradient times it is that of the hidden activations."""
+    return weight2 if layer_scale is None else at_least_float32(layer_scale)[:, None] * weight2
 
 
 def parameter_gradients(
@@ -101,7 +108,7 @@ def backward(
     activation: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of input, weight1, bias1, weight2, bias2, layer_scale, grn_weight and grn_bias, the parameters' in float32.
+    """Gradients of input and, in float32, weight1, bias1, weight2, bias2, layer_scale, grn_weight and grn_bias.
 
     With p the pre-activation, h = gelu(p), v = grn(h) or h, u the input and gs = drop_path_factor grad_output:
 
@@ -110,46 +117,32 @@ def backward(
 
     and `parameter_gradients` of gs' v for the others.
     """
-    want_input, want_weight1, want_bias1, want_weight2, want_bias2, want_scale, *want_grn = wanted
-    dtype, statistics = input.dtype, statistics_dtype(input)
-    tokens = to_channels_last(input).flatten(0, -2)
-    approximate = APPROXIMATE[activation]
-    grads = to_channels_last(grad_output)
+    rows, grads, statistics = to_channels_last(input), to_channels_last(grad_output), statistics_dtype(input)
     if drop_path_factor is not None:
-        grads = (grads * branch_scale(grads, None, drop_path_factor)).to(dtype)
-    grads = grads.flatten(0, -2)
+        grads = (grads * image_factor(grads, drop_path_factor)).to(input.dtype)
+    grads, pre_activation = grads.flatten(0, -2), pre_activation.flatten(1, -2)
     gradients = [nothing(input) for _ in wanted]
 
-    hidden_shape = pre_activation.flatten(1, -2).shape
-    if want_weight2 or want_scale or any(want_grn) or grn_weight is not None:
-        hidden = F.gelu(pre_activation, approximate=approximate).view(hidden_shape)
+    hidden = normalized = F.gelu(pre_activation, approximate=APPROXIMATE[activation])
     if grn_weight is not None and grn_bias is not None:
         normalized, norms = response_norm.forward(hidden, grn_weight, grn_bias, grn_eps)
-    elif want_weight2 or want_scale:
-        normalized = hidden
-
-    if want_weight2 or want_bias2 or want_scale:
-        sums = grads.sum(0, dtype=statistics)
-        gradients[4] = sums if layer_scale is None else sums * layer_scale
-        if want_weight2 or want_scale:
-            products = (grads.t() @ normalized.flatten(0, 1)).to(statistics)
-            gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale)
-
-    if want_input or want_weight1 or want_bias1 or any(want_grn):
-        scaled = weight2 if layer_scale is None else at_least_float32(layer_scale)[:, None] * weight2
-        grad_hidden = (grads @ scaled.to(dtype)).view(hidden_shape)
+    if any(wanted[3:6]):
+        products = (grads.t() @ normalized.flatten(0, 1)).to(statistics)
+        gradients[3:6] = parameter_gradients(products, grads.sum(0, dtype=statistics), weight2, bias2, layer_scale)
+    if any(wanted[:3]) or any(wanted[6:]):
+        grad_hidden = (grads @ scaled_weight2(weight2, layer_scale).to(input.dtype)).view(pre_activation.shape)
         if grn_weight is not None:
-            needs = [want_input or want_weight1 or want_bias1, *want_grn]
+            wanted_grn = [any(wanted[:3]), *wanted[6:]]
             grad_hidden, gradients[6], gradients[7] = response_norm.backward(
-                grad_hidden, hidden, grn_weight, norms, grn_eps, needs
+                grad_hidden, hidden, grn_weight, norms, grn_eps, wanted_grn
             )
-    if want_input or want_weight1 or want_bias1:
-        pre_activation = pre_activation.view(hidden_shape)
-        grad_pre = torch.ops.aten.gelu_backward(grad_hidden, pre_activation, approximate=approximate).flatten(0, 1)
-        if want_input:
-            gradients[0] = from_channels_last((grad_pre @ weight1.to(dtype)).view(to_channels_last(input).shape))
-        if want_weight1:
-            gradients[1] = (grad_pre.t() @ tokens).to(statistics)
-        if want_bias1:
+    if any(wanted[:3]):
+        grad_pre = torch.ops.aten.gelu_backward(grad_hidden, pre_activation, approximate=APPROXIMATE[activation])
+        grad_pre = grad_pre.flatten(0, 1)
+        if wanted[0]:
+            gradients[0] = from_channels_last((grad_pre @ weight1.to(input.dtype)).view(rows.shape))
+        if wanted[1]:
+            gradients[1] = (grad_pre.t() @ rows.flatten(0, -2)).to(statistics)
+        if wanted[2]:
             gradients[2] = grad_pre.sum(0, dtype=statistics)
     return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))

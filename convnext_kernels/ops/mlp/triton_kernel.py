@@ -7,7 +7,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
-from convnext_kernels.ops.mlp.reference import APPROXIMATE, parameter_gradients
+from convnext_kernels.ops.mlp.reference import APPROXIMATE, parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
 
@@ -45,7 +45,7 @@ def forward(
     )
     if grn_weight is not None and grn_bias is not None:
         hidden, _ = response_norm.forward(hidden.flatten(1, -2), grn_weight, grn_bias, grn_eps)
-    output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    output = rows.new_empty(rows.shape)
     matmul(
         matrix(hidden.view(count, hidden_width)),
         matrix(weight2.to(dtype)).transposed,
@@ -77,54 +77,40 @@ def backward(
     activation: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """As the reference's `backward`. The stochastic-depth factor enters in an epilogue and a prologue, not as a pass."""
-    want_input, want_weight1, want_bias1, want_weight2, want_bias2, want_scale, *want_grn = wanted
+    """As the reference's `backward`, with the stochastic-depth factor in an epilogue and a prologue, not in a pass."""
     rows, grads, dtype = to_channels_last(input), to_channels_last(grad_output).flatten(0, -2), input.dtype
     tokens, (hidden_width, width) = rows.flatten(0, -2), weight1.shape
     count, per_image = tokens.shape[0], _per_image(rows)
+    pre_activation = pre_activation.flatten(1, -2)
     gradients = [nothing(input) for _ in wanted]
-    want_branch2 = want_weight2 or want_bias2 or want_scale
-    want_branch1 = want_input or want_weight1 or want_bias1
-    has_grn = grn_weight is not None and grn_bias is not None
 
-    scaled_weight2 = (weight2 if layer_scale is None else layer_scale.float()[:, None] * weight2).to(dtype)
-    pre_activation = pre_activation.view(count, hidden_width)
-    grad_pre = torch.empty_like(pre_activation)
-    hidden = torch.empty_like(pre_activation) if want_branch2 or has_grn else None
-    epilogue = Epilogue(
-        activation=activation,
-        pre_activation=pre_activation,
-        derivative=True,
-        hidden=hidden,
-        row_scale=drop_path_factor,
-        rows_per_scale=per_image,
-    )
-    if has_grn:
-        hidden = torch.nn.functional.gelu(pre_activation, approximate=APPROXIMATE[activation])
-        epilogue = Epilogue(row_scale=drop_path_factor, rows_per_scale=per_image)
-    matmul(matrix(grads), matrix(scaled_weight2), matrix(grad_pre), (count, hidden_width, width), epilogue)
+    grad_pre, hidden = torch.empty_like(pre_activation), torch.empty_like(pre_activation)
+    epilogue = Epilogue(row_scale=drop_path_factor, rows_per_scale=per_image)
+    if grn_weight is None:
+        epilogue = epilogue._replace(
+            activation=activation, pre_activation=pre_activation, derivative=True, hidden=hidden
+        )
+    weight = matrix(scaled_weight2(weight2, layer_scale).to(dtype))
+    matmul(matrix(grads), weight, matrix(grad_pre.flatten(0, 1)), (count, hidden_width, width), epilogue)
 
-    if has_grn:
-        images = (rows.shape[0], -1, hidden_width) if count else (0, 1, hidden_width)
-        normalized, norms = response_norm.forward(hidden.view(images), grn_weight, grn_bias, grn_eps)
+    if grn_weight is not None and grn_bias is not None:
+        approximate = APPROXIMATE[activation]
+        activated = torch.nn.functional.gelu(pre_activation, approximate=approximate)
+        hidden, norms = response_norm.forward(activated, grn_weight, grn_bias, grn_eps)
         grad_hidden, gradients[6], gradients[7] = response_norm.backward(
-            grad_pre.view(images), hidden.view(images), grn_weight, norms, grn_eps, [want_branch1, *want_grn]
+            grad_pre, activated, grn_weight, norms, grn_eps, [True, *wanted[6:]]
         )
-        hidden = normalized.view(count, hidden_width)
-        if want_branch1:
-            grad_pre = torch.ops.aten.gelu_backward(
-                grad_hidden.view(count, hidden_width), pre_activation, approximate=APPROXIMATE[activation]
-            )
-    if want_branch2:
-        products, sums = long_matmul(
-            matrix(grads).transposed, matrix(hidden), (width, hidden_width, count), drop_path_factor, per_image
-        )
+        grad_pre = torch.ops.aten.gelu_backward(grad_hidden, pre_activation, approximate=approximate)
+    if any(wanted[3:6]):
+        a, b = matrix(grads).transposed, matrix(hidden.flatten(0, 1))
+        products, sums = long_matmul(a, b, (width, hidden_width, count), drop_path_factor, per_image)
         gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale)
-    if want_input:
-        grad_input = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    grad_pre = grad_pre.flatten(0, 1)
+    if wanted[0]:
+        grad_input = rows.new_empty(rows.shape)
         shape = (count, width, hidden_width)
         matmul(matrix(grad_pre), matrix(weight1.to(dtype)), matrix(grad_input.flatten(0, -2)), shape)
         gradients[0] = from_channels_last(grad_input)
-    if want_weight1 or want_bias1:
+    if wanted[1] or wanted[2]:
         gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), (hidden_width, width, count))
     return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))
