@@ -41,15 +41,14 @@ def check_format(path: Path) -> None:
 
 
 def draw(path: Path, rows: Sequence[Row], options: Options, photographs: Photographs) -> None:
-    """Writes the picture: one panel for whole models, one for blocks, whichever were measured."""
-    panels = {
-        "Whole models": [row for row in rows if not row.mode.startswith("block")],
-        "Blocks": [row for row in rows if row.mode.startswith("block")],
-    }
-    panels = {title: of_panel for title, of_panel in panels.items() if of_panel}
+    """Writes the picture: one panel for whole models and one for the blocks of each, whichever were measured."""
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        title = f"Blocks of {row.model}" if row.mode.startswith("block") else "Whole models"
+        panels.setdefault(title, []).append(row)
     groups = max(len(_groups(of_panel)) for of_panel in panels.values())
     with optional("matplotlib").rc_context(STYLE):
-        size = (max(11.0, 4.5 + 1.9 * groups), 1.2 + 4.4 * len(panels))
+        size = (max(11.0, 4.0 + 1.7 * groups), 1.2 + 4.4 * len(panels))
         figure = optional("matplotlib.figure").Figure(figsize=size, layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=(3.2, size[0] - 3.2))
         _draw_photographs(left, photographs)
@@ -57,7 +56,7 @@ def draw(path: Path, rows: Sequence[Row], options: Options, photographs: Photogr
         for axis, (title, of_panel) in zip(axes, panels.items(), strict=True):
             _draw_bars(axis, of_panel)
             if len(panels) > 1:
-                axis.set_title(title, loc="left")
+                axis.set_title(title, loc="left", weight="bold")
         models = ", ".join(options.models)
         figure.suptitle(
             f"{models}: {options.dtype}, batch {options.batch_size} at {options.resolution} x {options.resolution}\n"
@@ -110,9 +109,11 @@ def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
             yerr=error,
             error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 3},
         )
-        label = f"{row.images_per_second:.3g}\n{row.ratio_to_eager:.2f}x"
+        speed = f"{row.images_per_second:,.{0 if row.images_per_second >= 100 else 1}f}"
+        label = f"{speed}\n{row.ratio_to_eager:.2f}x"
         weight = "bold" if row.contender == OURS else "normal"
         axis.text(x, fast + 0.015 * top, label, ha="center", va="bottom", fontsize=10, weight=weight)
+    axis.yaxis.set_major_formatter("{x:,.5g}")
     several = len({model for model, _ in groups}) > 1
     labels = [(f"{model}\n" if several else "") + mode.replace(", ", "\n") for model, mode in groups]
     axis.set_xticks(range(len(groups)), labels)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -172,12 +171,24 @@ def _show_group(table: Table, group: Group, every: bool) -> None:
             table.add_row(*head, _outcome(comparison.passed), *_numbers(comparison))
     elif worst is not None and not group.raised:
         table.add_row(*head, _outcome(group.passed), *_numbers(worst))
-    for message in dict.fromkeys(group.raised.values()):
-        cases = ", ".join(case for case, raised in group.raised.items() if raised == message)
-        table.add_row(*head, _outcome(False), "", "", "", "raised", escape(f"{cases}: {message}"))
+    if group.raised:
+        table.add_row(*head, _outcome(False), "", "", "", "", f"{len(group.raised)} cases raised")
     if not group.ran:
-        reasons = dict.fromkeys(reason for reasons in group.not_run.values() for reason in reasons)
-        table.add_row(*head, "[yellow]not run[/yellow]", "", "", "", "", "; ".join(reasons))
+        table.add_row(*head, "[yellow]not run[/yellow]")
+
+
+def _notes(groups: Sequence[Group]) -> Iterator[str]:
+    """Why cases raised or were not run, each message once with all that it concerns."""
+    concerned: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for case, message in group.raised.items():
+            concerned.setdefault(f"raised {message}", {})[f"{group.operator} {group.dtype} {group.backend} {case}"] = (
+                None
+            )
+        for reason in (reason for reasons in group.not_run.values() for reason in reasons):
+            concerned.setdefault(f"not run: {reason}", {})[f"{group.operator} {group.dtype} {group.backend}"] = None
+    for message, where in concerned.items():
+        yield f"{message} ({', '.join(where)})"
 
 
 def show(groups: Sequence[Group], selection: Selection, every: bool, target: Console) -> None:
@@ -188,6 +199,8 @@ def show(groups: Sequence[Group], selection: Selection, every: bool, target: Con
     for group in groups:
         _show_group(table, group, every)
     target.print(table)
+    for note in _notes(groups):
+        target.print(note, markup=False)
     comparisons = sum(len(group.comparisons) for group in groups)
     failed = sum(not comparison.passed for group in groups for comparison in group.comparisons)
     raised = sum(len(group.raised) for group in groups)
