@@ -21,7 +21,9 @@ class MatmulConfig:
 # 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take
 # 96 KB of shared memory, within the 164 KB of sm_80.
 WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
-NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=4, stages=3)
+# Half the accumulators: few columns, and what needs registers beside them. With WIDE the derivative's epilogue takes 255
+# registers and spills 200 bytes on sm_80, scaled operands spill 8 bytes; here they take 141 and 198.
+NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
 # float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small.
 FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 
@@ -31,11 +33,15 @@ SPLIT_PROGRAMS = 512
 MINIMUM_SPLIT = 512
 
 
-def matmul_config(columns: int, dtype: torch.dtype) -> MatmulConfig:
-    """The configuration for an output of so many columns."""
+def matmul_config(columns: int, dtype: torch.dtype, needs_registers: bool) -> MatmulConfig:
+    """The configuration for an output of so many columns.
+
+    Args:
+        needs_registers: the product has a prologue, or multiplies by the derivative.
+    """
     if dtype == torch.float32:
         return FLOAT32
-    return NARROW if columns <= 64 else WIDE
+    return NARROW if columns <= 64 or needs_registers else WIDE
 
 
 def split_count(rows: int, columns: int, inner: int, config: MatmulConfig) -> int:

@@ -245,7 +245,8 @@ PLAIN = Epilogue()
 
 def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = PLAIN) -> None:
     """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
-    _launch(a, b, out, shape, matmul_config(shape[1], a.tensor.dtype), epilogue)
+    config = matmul_config(shape[1], a.tensor.dtype, needs_registers=epilogue.derivative)
+    _launch(a, b, out, shape, config, epilogue)
 
 
 def long_matmul(
@@ -260,7 +261,7 @@ def long_matmul(
         inner_scale: [inner / inner_per_scale] multiplies the columns of a, or None.
     """
     rows, columns, inner = shape
-    config = matmul_config(columns, a.tensor.dtype)
+    config = matmul_config(columns, a.tensor.dtype, needs_registers=inner_scale is not None)
     splits = split_count(rows, columns, inner, config)
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from convnext_kernels.ops.common.launch import next_power_of_2
 
 # Output rows of a program: an input row is loaded once for all of them. Four keep 7x7 at 70 loads for 4 rows, not 196.
+# They lie one dilation apart, so that they meet the same input rows.
 ROWS = 4
 
 # Partial filter gradients: enough programs (channel blocks x filter rows x splits) to fill an H200 four times over.

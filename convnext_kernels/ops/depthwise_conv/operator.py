@@ -18,7 +18,7 @@ from convnext_kernels.ops.common.registration import (
 )
 
 MAXIMUM_TRITON_SIZE = 11
-"""The Triton kernel unrolls the filter: beyond 11x11 its code no longer fits the instruction cache."""
+"""The largest filter that the Triton kernels, which unroll a filter column, are compiled and tested for."""
 
 
 def filter_limits(weight: Tensor) -> dict[str, list[str]]:

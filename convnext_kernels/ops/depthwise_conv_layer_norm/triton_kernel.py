@@ -72,7 +72,7 @@ def fused_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    image, row, columns = tile_position(tl.program_id(0), height, width, BLOCK_W)
+    image, row, columns = tile_position(tl.program_id(0), height, width, DILATION, BLOCK_W)
     c = tl.arange(0, BLOCK_C)
     row0, row1, row2, row3 = convolve_rows(
         input_ptr, weight_ptr, bias_ptr, image, row, columns, c, height, width, channels,
@@ -84,15 +84,15 @@ def fused_kernel(
     )  # fmt: skip
     _finish_row(
         row1, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
-        image, row + 1, columns, c, height, width, channels, eps,
+        image, row + DILATION, columns, c, height, width, channels, eps,
     )  # fmt: skip
     _finish_row(
         row2, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
-        image, row + 2, columns, c, height, width, channels, eps,
+        image, row + 2 * DILATION, columns, c, height, width, channels, eps,
     )  # fmt: skip
     _finish_row(
         row3, norm_weight_ptr, norm_bias_ptr, out_ptr, convolved_ptr, mean_ptr, rstd_ptr,
-        image, row + 3, columns, c, height, width, channels, eps,
+        image, row + 3 * DILATION, columns, c, height, width, channels, eps,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _fused(
     convolved = rows.new_empty(rows.shape) if save else None
     mean, rstd = (rows.new_empty(pixels, dtype=torch.float32) if save else None for _ in range(2))
     with on_device(rows):
-        fused_kernel[(tile_count(rows, config.pixels),)](
+        fused_kernel[(tile_count(rows, dilation, config.pixels),)](
             rows,
             filter_rows(weight),
             bias,
