@@ -1,8 +1,9 @@
 """How far an operator is from the truth: its error against float64, beside PyTorch's own in the same dtype.
 
-The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps). Two measures are taken,
-||out - exact|| / ||exact|| and max|out - exact| / max|exact|, and the one nearer its limit counts. Every scale (layer
-scale, norm weights) is drawn near 1: at the 1e-6 that layer scale starts from, any kernel would pass.
+Two measures are taken, ||out - exact|| / ||exact|| and max|out - exact| / max|exact|; the one nearer its limit counts.
+The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps) for the norm, two for the maximum, which is
+a matter of luck in small tensors. Every scale (layer scale, norm weights) is drawn near 1: at the 1e-6 that layer scale
+starts from, any kernel would pass.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from convnext_kernels.functional import explain
 OPERATORS = tuple(FUNCTIONS)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FACTOR = 1.5
+ROUNDING_UNITS = (1, 2)
+"""What is allowed beyond that, in units of rounding, for the norm and for the maximum."""
 
 _SCALES = ("layer_scale", "norm_weight", "grn_weight")
 _NOT_DIFFERENTIABLE = ("drop_path_factor",)
@@ -68,9 +71,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda tensor: tensor.contiguous(),
     "permuted": lambda tensor: tensor.transpose(-1, -2).contiguous().transpose(-1, -2),
     "sliced": _sliced,
-    "expanded": lambda tensor: tensor[..., :1].expand(tensor.shape),
+    "expanded": lambda tensor: tensor.narrow(tensor.dim() // 2, 0, 1).expand(tensor.shape),
 }
-"""Ways in which a tensor of given values can lie in memory (an expanded one repeats its first column)."""
+"""Ways in which a tensor of given values can lie in memory (an expanded one repeats its first row or token)."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +236,11 @@ def compare(
         ours = _results(lambda **arguments: function(**arguments, backend=backend), case, tensors, dtype)
     comparisons = []
     for name, truth in exact.items():
-        candidates = []
-        for our_error, torch_error in zip(errors(ours[name], truth), errors(theirs[name], truth), strict=True):
-            candidates.append((our_error, torch_error, FACTOR * torch_error + torch.finfo(dtype).eps / 2))
+        measured = zip(errors(ours[name], truth), errors(theirs[name], truth), ROUNDING_UNITS, strict=True)
+        candidates = [
+            (our_error, torch_error, FACTOR * torch_error + units * torch.finfo(dtype).eps / 2)
+            for our_error, torch_error, units in measured
+        ]
         # A NaN compares false with everything: it must come out on top.
         worst = max(candidates, key=lambda c: float("inf") if c[0] != c[0] else c[0] / c[2])
         comparisons.append(

@@ -13,6 +13,7 @@ from convnext_kernels.ops.common.layouts import (
     statistics_dtype,
     to_channels_last,
 )
+from convnext_kernels.ops.common.products import linear
 from convnext_kernels.ops.response_norm import reference as response_norm
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -73,7 +74,7 @@ def forward(
     """Output, and where `save` asks for it the pre-activation [N, ..., hidden]; see `mlp`."""
     rows, dtype = to_channels_last(input), input.dtype
     bias1, bias2 = (None if bias is None else bias.to(dtype) for bias in (bias1, bias2))
-    pre_activation = F.linear(rows, weight1.to(dtype), bias1)
+    pre_activation = linear(rows, weight1.to(dtype), bias1)
     approximate = APPROXIMATE[activation]
     if save:
         hidden = F.gelu(pre_activation, approximate=approximate)
@@ -82,7 +83,7 @@ def forward(
     if grn_weight is not None and grn_bias is not None:
         hidden, _ = response_norm.forward(hidden.flatten(1, -2), grn_weight, grn_bias, grn_eps)
         hidden = hidden.view(pre_activation.shape)
-    output = F.linear(hidden, weight2.to(dtype), bias2)
+    output = linear(hidden, weight2.to(dtype), bias2)
     scale = branch_scale(rows, layer_scale, drop_path_factor)
     if residual is not None:
         shortcut = at_least_float32(to_channels_last(residual))
@@ -130,17 +131,20 @@ def backward(
         products = (grads.t() @ normalized.flatten(0, 1)).to(statistics)
         gradients[3:6] = parameter_gradients(products, grads.sum(0, dtype=statistics), weight2, bias2, layer_scale)
     if any(wanted[:3]) or any(wanted[6:]):
-        grad_hidden = (grads @ scaled_weight2(weight2, layer_scale).to(input.dtype)).view(pre_activation.shape)
+        grad_hidden = linear(grads, scaled_weight2(weight2, layer_scale).to(input.dtype).t()).view(pre_activation.shape)
         if grn_weight is not None:
             wanted_grn = [any(wanted[:3]), *wanted[6:]]
             grad_hidden, gradients[6], gradients[7] = response_norm.backward(
                 grad_hidden, hidden, grn_weight, norms, grn_eps, wanted_grn
             )
     if any(wanted[:3]):
-        grad_pre = torch.ops.aten.gelu_backward(grad_hidden, pre_activation, approximate=APPROXIMATE[activation])
-        grad_pre = grad_pre.flatten(0, 1)
+        # In place: a CPU spends about as long on the page faults of a fresh tensor of this size as on its values.
+        torch.ops.aten.gelu_backward.grad_input(
+            grad_hidden, pre_activation, approximate=APPROXIMATE[activation], grad_input=grad_hidden
+        )
+        grad_pre = grad_hidden.flatten(0, 1)
         if wanted[0]:
-            gradients[0] = from_channels_last((grad_pre @ weight1.to(input.dtype)).view(rows.shape))
+            gradients[0] = from_channels_last(linear(grad_pre, weight1.to(input.dtype).t()).view(rows.shape))
         if wanted[1]:
             gradients[1] = (grad_pre.t() @ rows.flatten(0, -2)).to(statistics)
         if wanted[2]:

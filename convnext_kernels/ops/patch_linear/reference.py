@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, statistics_dtype, to_channels_last
+from convnext_kernels.ops.common.products import linear
 
 
 def patch_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -32,7 +33,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of size and stride P; see `patch_linear`."""
     bias = None if bias is None else bias.to(input.dtype)
     patches = _patches(to_channels_last(input), weight.shape[-1])
-    return from_channels_last(F.linear(patches, patch_weight(weight, input.dtype), bias))
+    return from_channels_last(linear(patches, patch_weight(weight, input.dtype), bias))
 
 
 def backward(grad_output: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +48,7 @@ def backward(grad_output: Tensor, input: Tensor, weight: Tensor, wanted: list[bo
     batch, height, width, outputs = grads.shape
     channels = input.shape[1]
     if wanted[0]:
-        patches = grads @ patch_weight(weight, input.dtype)
+        patches = linear(grads, patch_weight(weight, input.dtype).t())
         grid = patches.view(batch, height, width, size, size, channels).transpose(2, 3)
         rows = grid.reshape(batch, height * size, width * size, channels)
         padding = (0, 0, 0, input.shape[3] - width * size, 0, input.shape[2] - height * size)
