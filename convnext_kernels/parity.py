@@ -1,9 +1,9 @@
 """How far an operator is from the truth: its error against float64, beside PyTorch's own in the same dtype.
 
 Two measures are taken, ||out - exact|| / ||exact|| and max|out - exact| / max|exact|; the one nearer its limit counts.
-The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps) for the norm, two for the maximum, which is
-a matter of luck in small tensors. Every scale (layer scale, norm weights) is drawn near 1: at the 1e-6 that layer scale
-starts from, any kernel would pass.
+The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps) for the norm, two for the maximum, which
+is a matter of luck in small tensors. Every scale (layer scale, norm weights) is drawn near 1: at the 1e-6 that layer
+scale starts from, any kernel would pass.
 """
 
 from __future__ import annotations
