@@ -34,8 +34,10 @@ def check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...],
     check_tensor(name, parameter)
     if parameter.shape != shape:
         raise ValueError(f"{name}: got shape {list(parameter.shape)}; accepted: {list(shape)}")
-    if parameter.dtype != input.dtype and (parameter.dtype != torch.float32 or input.dtype == torch.float64):
-        raise TypeError(f"{name}: got dtype {parameter.dtype}; accepted: the input's {input.dtype} or torch.float32")
+    accepted = (torch.float64,) if input.dtype == torch.float64 else (input.dtype, torch.float32)
+    if parameter.dtype not in accepted:
+        names = " or ".join(map(str, dict.fromkeys(accepted)))
+        raise TypeError(f"{name}: got dtype {parameter.dtype}; accepted: {names} with an input of {input.dtype}")
     if parameter.device != input.device:
         raise ValueError(f"{name}: got device {parameter.device}; accepted: the input's {input.device}")
 
@@ -55,6 +57,6 @@ def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
 def autocast(input: Tensor) -> Tensor:
     """Casts activations to autocast's dtype where it is on: 16-bit in and out, float32 inside the kernels."""
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(device))
     return input

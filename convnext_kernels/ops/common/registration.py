@@ -27,6 +27,11 @@ def _backend_module(folder: str, backend: str) -> ModuleType:
     return import_module(f"convnext_kernels.ops.{folder}.{MODULES[backend]}")
 
 
+def _dense_vector(argument: Any) -> Any:
+    """Kernels, oneDNN's linear layer among them, read biases and other vectors without a stride."""
+    return argument.contiguous() if isinstance(argument, Tensor) and argument.dim() == 1 else argument
+
+
 def define(
     folder: str, name: str, function: str, schema: str, *, fake: Callable[..., Any], limits: Limits
 ) -> torch._ops.OpOverload:
@@ -43,7 +48,7 @@ def define(
     """
 
     def implementation(*arguments: Any) -> Any:
-        *arguments_but_backend, backend = arguments
+        *arguments_but_backend, backend = map(_dense_vector, arguments)
         input: Tensor = arguments[0]
         chosen = choose(name, backend, input, limits(*arguments_but_backend))
         run = getattr(_backend_module(folder, chosen), function)

@@ -19,15 +19,18 @@ from convnext_kernels.ops.mlp.operator import FORWARD
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
-def _check_residual(residual: Tensor | None, input: Tensor) -> None:
+def _checked_residual(residual: Tensor | None, input: Tensor) -> Tensor | None:
+    """The residual in autocast's dtype, if it fits the input, which has that dtype already."""
     if residual is None:
-        return
+        return None
     check_tensor("residual", residual)
     if residual.shape != input.shape or residual.device != input.device:
         got = f"shape {list(residual.shape)} on {residual.device}"
         raise ValueError(f"residual: got {got}; accepted: the input's {list(input.shape)} on {input.device}")
+    residual = autocast(residual)
     if residual.dtype != input.dtype:
         raise TypeError(f"residual: got dtype {residual.dtype}; accepted: the input's {input.dtype}")
+    return residual
 
 
 def mlp(
@@ -80,7 +83,7 @@ def mlp(
     """
     check_input(input, (3, 4))
     check_tensor("weight1", weight1)
-    input, residual = autocast(input), None if residual is None else autocast(residual)
+    input = autocast(input)
     width, hidden = channels(input), weight1.shape[0] if weight1.dim() == 2 else 4 * channels(input)
     check_parameter("weight1", weight1, (hidden, width), input)
     check_parameter("bias1", bias1, (hidden,), input)
@@ -95,7 +98,7 @@ def mlp(
         raise ValueError("grn_weight, grn_bias: got one of the two; accepted: both or neither")
     check_positive("grn_eps", grn_eps)
     check_choice("activation", activation, ACTIVATIONS)
-    _check_residual(residual, input)
+    residual = _checked_residual(residual, input)
     return FORWARD(
         input,
         weight1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from convnext_kernels.backends import requested_backend
-from convnext_kernels.ops.common.checks import autocast, check_input, check_parameter, check_positive
+from convnext_kernels.ops.common.checks import autocast, check_input, check_parameter, check_positive, check_tensor
 from convnext_kernels.ops.common.layouts import channels
 from convnext_kernels.ops.response_norm.operator import FORWARD
 
@@ -38,7 +38,8 @@ def global_response_norm(
     """
     check_input(input, (3, 4))
     input = autocast(input)
-    check_parameter("weight", weight, (channels(input),), input)
-    check_parameter("bias", bias, (channels(input),), input)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_tensor(name, parameter)
+        check_parameter(name, parameter, (channels(input),), input)
     check_positive("eps", eps)
     return FORWARD(input, weight, bias, eps, requested_backend(backend))[0]
