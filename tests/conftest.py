@@ -7,6 +7,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)
+pytest.register_assert_rewrite("support", "contract")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

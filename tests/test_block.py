@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from test_reference import randomise, relative_error
+from support import randomise, relative_error
 
 from convnext_kernels import use_backend
 from convnext_kernels.block import ConvNeXtBlock

@@ -3,7 +3,7 @@ import argparse
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_reference import randomise, relative_error
+from support import randomise, relative_error
 
 from convnext_kernels.checkpoints import load_checkpoint
 from convnext_kernels.model import ConvNeXt, create_model

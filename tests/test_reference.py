@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from support import randomise, relative_error
 from torch import Tensor, nn
 
 from convnext_kernels.reference import ReferenceBlock, ReferenceConvNeXt, create_reference_model, drop_path_factor
@@ -30,26 +31,6 @@ PUBLISHED_MILLIONS = {
     "convnext_isotropic_base": 87,
     "convnext_isotropic_large": 306,
 }
-
-
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Seeds PyTorch and draws every parameter: norms and layer scale near 1, GRN near 0.5, weights by their fan-in."""
-    torch.manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        draw = torch.randn(parameter.shape, dtype=torch.float64)
-        if "grn" in name:
-            draw = 0.5 + 0.2 * draw
-        elif parameter.dim() == 1 and not name.endswith("bias"):
-            draw = 1 + 0.2 * draw
-        elif parameter.dim() == 1:
-            draw = 0.2 * draw
-        else:
-            draw = draw / math.sqrt(parameter[0].numel())
-        parameter.data.copy_(draw)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 def direct_block(block: ReferenceBlock, input: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+"""LayerNorm over channels."""
+
+import pytest
+import torch
+from contract import Contract
+
+from convnext_kernels.parity import Case
+
+
+class TestLayerNorm(Contract):
+    operator = "layer_norm"
+
+    @staticmethod
+    def examples(batch, channels, height, width):
+        affine = {"weight": (channels,), "bias": (channels,)}
+        image, tokens = (batch, channels, height, width), (batch, height * width, channels)
+        return [
+            Case("layer_norm", "affine", {"input": image, **affine}, {"eps": 1e-5}),
+            Case("layer_norm", "bias", {"input": image, "bias": (channels,)}),
+            Case("layer_norm", "tokens", {"input": tokens, "weight": (channels,)}),
+            Case("layer_norm", "no affine", {"input": image}),
+        ]
+
+    @pytest.mark.parametrize("eps", [0.0, -1e-6, torch.nan])
+    def test_bad_eps(self, eps):
+        self.assert_refused(lambda _: {"eps": eps}, ValueError, f"eps: got {eps}; accepted: a number greater than 0")

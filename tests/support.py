@@ -1,0 +1,148 @@
+"""What the tests share: random values, errors, calls with every gradient, and a record of the operators that ran."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from convnext_kernels import parity
+
+DTYPES = list(parity.DTYPES.values())
+ACTIVATIONS = ("input", "residual")
+"""Arguments that lie in memory as images or tokens; all other tensors are parameters."""
+
+INTERPRETED = not torch.cuda.is_available()
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Seeds PyTorch and draws every parameter: norms and layer scale near 1, GRN near 0.5, weights by their fan-in."""
+    torch.manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        draw = torch.randn(parameter.shape, dtype=torch.float64)
+        if "grn" in name:
+            draw = 0.5 + 0.2 * draw
+        elif parameter.dim() == 1 and not name.endswith("bias"):
+            draw = 1 + 0.2 * draw
+        elif parameter.dim() == 1:
+            draw = 0.2 * draw
+        else:
+            draw = draw / math.sqrt(parameter[0].numel())
+        parameter.data.copy_(draw)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """max|got - expected| / max|expected|"""
+    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same tensors, bit for bit, of the same dtype."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype and torch.equal(got[name], value), name
+
+
+def assert_accurate(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Our error is at most 1.5 times theirs plus one unit of rounding, in both measures of `parity`."""
+    assert ours.keys() == theirs.keys() == exact.keys()
+    for name, truth in exact.items():
+        our_errors, their_errors = parity.errors(ours[name], truth), parity.errors(theirs[name], truth)
+        for our_error, their_error in zip(our_errors, their_errors, strict=True):
+            assert our_error <= parity.FACTOR * their_error + torch.finfo(dtype).eps / 2, name
+
+
+def assert_parity(case: parity.Case, dtype: torch.dtype, device: str, backend: str) -> None:
+    """The operator's output and every gradient pass `parity.compare`."""
+    comparisons = parity.compare(case, dtype, device, backend)
+    failed = [comparison for comparison in comparisons if not comparison.passed]
+    assert comparisons and not failed, "\n".join(map(str, failed))
+
+
+def device_of(backend: str) -> str:
+    """Where a backend runs on this machine; skips the test if it runs nowhere."""
+    if backend == "reference":
+        return "cpu"
+    pytest.importorskip("triton")
+    return "cpu" if INTERPRETED else "cuda"
+
+
+def arguments_of(
+    case: parity.Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    parameters: torch.dtype | None = None,
+    layout: str | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """A case's arguments, drawn; all that can requires a gradient.
+
+    Args:
+        parameters: the parameters' dtype, if not the activations'; activations then have the values `dtype` can hold.
+        layout: the activations' layout, if not the case's.
+    """
+    tensors = case.draw(parameters or dtype, device, seed=1)
+    for name, tensor in tensors.items():
+        if name in ACTIVATIONS:
+            tensor = parity.LAYOUTS[layout or case.layout](tensor).to(dtype)
+        tensors[name] = tensor.requires_grad_(name != "drop_path_factor")
+    return {**tensors, **case.options}
+
+
+def with_dtype(arguments: Mapping[str, Any], dtype: torch.dtype, only: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The arguments as new leaves with the tensors (or only those named) in another dtype."""
+    return {
+        name: value.detach().to(value.dtype if only and name not in only else dtype).requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def without_gradients(arguments: Mapping[str, Any], names: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The arguments, detached: all of them or those named."""
+    return {
+        name: value.detach() if isinstance(value, Tensor) and (names is None or name in names) else value
+        for name, value in arguments.items()
+    }
+
+
+def leaves_of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the arguments that require a gradient."""
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad}
+
+
+def random_like(tensor: Tensor, seed: int = 2) -> Tensor:
+    """Random values that bfloat16 can hold, so that they are the same in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tensor.shape, generator=generator).bfloat16().to(tensor.dtype).to(tensor.device)
+
+
+def evaluate(
+    function: Callable[..., Tensor], arguments: Mapping[str, Any], grad_output: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The output of a call, and the gradient of every argument that requires one."""
+    output, leaves = function(**arguments), leaves_of(arguments)
+    gradients: tuple[Tensor, ...] = ()
+    if leaves:
+        grad_output = random_like(output) if grad_output is None else grad_output
+        gradients = torch.autograd.grad(output, list(leaves.values()), grad_output)
+    return {"output": output.detach(), **{f"grad {n}": g for n, g in zip(leaves, gradients, strict=True)}}
+
+
+class OperatorCalls(TorchDispatchMode):
+    """Within the context, notes every call of the package's registered operators, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "convnext_kernels":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
