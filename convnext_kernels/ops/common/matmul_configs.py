@@ -21,13 +21,13 @@ class MatmulConfig:
 # 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take
 # 96 KB of shared memory, within the 164 KB of sm_80.
 WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
-# Half the accumulators: few columns, and what needs registers beside them. With WIDE the derivative's epilogue takes 255
-# registers and spills 200 bytes on sm_80, scaled operands spill 8 bytes; here they take 141 and 198.
+# Half the accumulators, for few columns and for what needs registers beside them. With WIDE the derivative's epilogue
+# spills 200 bytes and scaled operands spill 8 on sm_80, at 255 registers; here they take 141 and 198.
 NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
 # float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small.
 FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 
-# Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200, five of an A100's 108.
+# Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200.
 SPLIT_PROGRAMS = 512
 # A split shorter than this costs more in its partial result than it gains in parallelism.
 MINIMUM_SPLIT = 512

@@ -1,0 +1,103 @@
+"""Every Triton kernel compiles for sm_80 and sm_90 without spills, the matrix products with matrix instructions."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from benchmarks.ahead_of_time import PRODUCT_KERNEL, Kernel, failures, main, report
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ROOT / "convnext_kernels" / "ops"
+
+GOOD = Kernel(
+    kernel=PRODUCT_KERNEL,
+    operator="mlp",
+    call="96 channels",
+    dtype="float16",
+    architecture=80,
+    constants="BLOCK_M=128",
+    warps=8,
+    registers=185,
+    stack=0,
+    local=0,
+    shared=65536,
+    matrix_instructions=64,
+)
+
+
+def package_kernels() -> set[str]:
+    """folder.name of every kernel in the package: the functions under triton.jit whose names end in _kernel."""
+    return {
+        f"{path.parent.name}.{node.name}"
+        for path in OPS.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+def test_every_kernel_compiles_for_both_architectures(tmp_path):
+    path = tmp_path / "kernels.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.ahead_of_time", "--quick", "--json", str(path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = [Kernel(**record) for record in json.loads(path.read_text())["kernels"]]
+    assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
+    for architecture in (80, 90):
+        launched = [kernel for kernel in kernels if kernel.architecture == architecture]
+        assert {kernel.kernel for kernel in launched} == package_kernels()
+        for dtype in ("float16", "bfloat16", "tf32"):
+            products = [k for k in launched if (k.operator, k.dtype, k.kernel) == ("mlp", dtype, PRODUCT_KERNEL)]
+            # Two forward and four backward, not counting those with and without a saved pre-activation.
+            assert len(products) >= 6
+            assert all(kernel.matrix_instructions for kernel in products)
+
+
+@pytest.mark.parametrize(
+    ("change", "failure"),
+    [
+        ({"stack": 200}, "spills: 200 bytes of stack"),
+        ({"local": 8}, "8 of local memory"),
+        ({"matrix_instructions": 0}, "no matrix instruction"),
+        ({"matrix_instructions": 0, "dtype": "tf32"}, "no matrix instruction"),
+        ({"shared": 200_000}, "200000 bytes of shared memory; a block has 166912"),
+    ],
+)
+def test_a_bad_kernel_fails_the_report(change, failure, capsys):
+    bad = replace(GOOD, **change)
+    assert failure in failures(bad)[0]
+    assert report([(GOOD, 1.0), (bad, 1.0)], every=False) == 1
+    assert failure in capsys.readouterr().out
+
+
+def test_good_kernels_pass_the_report(capsys):
+    float32 = replace(GOOD, dtype="float32", matrix_instructions=0)
+    convolution = replace(GOOD, kernel="depthwise_conv.convolution_kernel", matrix_instructions=0)
+    wide = replace(GOOD, architecture=90, shared=200_000)
+    assert report([(kernel, 1.0) for kernel in (GOOD, float32, convolution, wide)], every=True) == 0
+    assert "float32 in full precision has no matrix instruction" in capsys.readouterr().out
+
+
+def test_nothing_compiled_is_a_failure():
+    assert report([], every=False) == 1
+
+
+def test_the_interpreter_compiles_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main([]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_unknown_names_are_named(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert main(["--operator", "conv"]) == 2
+    assert "--operator: got 'conv'; accepted: depthwise_conv2d" in capsys.readouterr().err
