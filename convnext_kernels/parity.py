@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -101,6 +102,7 @@ def _depthwise_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None,
 
 
 def _over_channels_last(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(function)
     def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if input.dim() == 3:
             return function(input, *args, **kwargs)

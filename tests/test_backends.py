@@ -1,0 +1,212 @@
+"""Choice of backend: reasons, errors, context manager, compilation."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+from support import INTERPRETED
+
+from convnext_kernels import backends, explain, use_backend
+from convnext_kernels.backends import BACKENDS, BackendError, requested_backend
+from convnext_kernels.functional import OPERATORS, depthwise_conv2d, layer_norm
+from convnext_kernels.ops.common import registration
+from convnext_kernels.ops.layer_norm import reference
+
+on_cpu_only = pytest.mark.skipif(not INTERPRETED, reason="with a GPU the interpreter is off")
+
+
+@pytest.fixture
+def image():
+    return torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def interpreter_off(monkeypatch):
+    """As where TRITON_INTERPRET is not set."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    backends.machine_reasons.cache_clear()
+    yield
+    backends.machine_reasons.cache_clear()
+
+
+def test_the_setting_nests_and_comes_back():
+    assert requested_backend(None) == "auto"
+    with use_backend("triton"):
+        assert requested_backend(None) == "triton"
+        with use_backend("reference"):
+            assert requested_backend(None) == "reference"
+            assert requested_backend("cuda") == "cuda"
+        assert requested_backend(None) == "triton"
+    assert requested_backend(None) == "auto"
+
+
+def test_the_setting_comes_back_after_an_error():
+    with contextlib.suppress(KeyError), use_backend("triton"), use_backend("reference"):
+        raise KeyError
+    assert requested_backend(None) == "auto"
+
+
+def test_an_unknown_backend_is_no_setting():
+    accepted = "accepted: 'auto', 'cuda', 'triton', 'reference'"
+    with pytest.raises(ValueError, match=rf"^backend: got 'trition'; {accepted}$"), use_backend("trition"):
+        pass
+    with pytest.raises(ValueError, match=rf"^backend: got ''; {accepted}$"):
+        requested_backend("")
+    assert requested_backend(None) == "auto"
+
+
+def test_the_setting_is_the_process_s():
+    """Backward runs in threads of autograd's own, and a model may be called from any."""
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(requested_backend(None)))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_auto_on_a_cpu_is_the_reference(image):
+    explanation = explain("layer_norm", image)
+    assert (explanation.operator, explanation.requested, explanation.backend) == ("layer_norm", "auto", "reference")
+    assert tuple(explanation.reasons) == BACKENDS
+    assert explanation.reasons["cuda"] and explanation.reasons["triton"] and not explanation.reasons["reference"]
+
+
+@on_cpu_only
+def test_why_not_automatically_the_interpreter(image):
+    pytest.importorskip("triton")
+    (reason,) = explain(layer_norm, image).reasons["triton"]
+    assert reason == "Triton's interpreter checks kernels and is slow; it is used only when asked for by name"
+    asked = explain(layer_norm, image, backend="triton")
+    assert (asked.backend, asked.requested, list(asked.reasons["triton"])) == ("triton", "triton", [])
+
+
+@on_cpu_only
+def test_bfloat16_is_wrong_in_the_interpreter(image):
+    pytest.importorskip("triton")
+    with pytest.raises(BackendError, match=r"^layer_norm: backend 'triton' cannot run: .*bfloat16 toward zero"):
+        layer_norm(image.bfloat16(), backend="triton")
+
+
+def test_without_the_interpreter_triton_needs_a_gpu(image, interpreter_off):
+    pytest.importorskip("triton")
+    (reason,) = explain("layer_norm", image, backend="triton").reasons["triton"]
+    assert "the tensors are on the CPU" in reason and "TRITON_INTERPRET=1" in reason
+    with pytest.raises(BackendError, match="TRITON_INTERPRET=1 turns it on"):
+        layer_norm(image, backend="triton")
+
+
+def test_without_triton(image, monkeypatch):
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    backends.machine_reasons.cache_clear()
+    try:
+        assert "triton is not installed" in explain("layer_norm", image, backend="triton").reasons["triton"]
+    finally:
+        backends.machine_reasons.cache_clear()
+
+
+def test_float64_is_for_the_reference(image):
+    assert "float64 has no Triton kernels" in explain("layer_norm", image.double()).reasons["triton"]
+    with pytest.raises(BackendError, match="float64 has no Triton kernels"):
+        layer_norm(image.double(), backend="triton")
+    assert layer_norm(image.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("call", ["argument", "setting"])
+def test_cuda_on_a_cpu_is_an_error_with_its_reasons(image, call):
+    setting = use_backend("cuda") if call == "setting" else contextlib.nullcontext()
+    with setting, pytest.raises(BackendError, match=r"^layer_norm: backend 'cuda' cannot run: .+") as raised:
+        layer_norm(image, backend="cuda" if call == "argument" else None)
+    explanation = explain("layer_norm", image, backend="cuda")
+    assert explanation.backend is None
+    assert explanation.reasons["cuda"] and all(reason in str(raised.value) for reason in explanation.reasons["cuda"])
+    assert isinstance(raised.value, RuntimeError)
+
+
+def test_a_filter_too_large_for_triton(image):
+    weight = torch.randn(5, 1, 13, 13)
+    reasons = explain(depthwise_conv2d, image, weight, backend="triton").reasons["triton"]
+    assert any("the filter is 13x13; the Triton kernel takes up to 11x11" in reason for reason in reasons)
+    with pytest.raises(BackendError, match="the filter is 13x13"):
+        depthwise_conv2d(image, weight, backend="triton")
+    assert depthwise_conv2d(image, weight).shape == image.shape
+
+
+def test_more_channels_than_triton_holds():
+    tokens = torch.randn(1, 2, 8200)
+    assert any("8200 channels" in reason for reason in explain("layer_norm", tokens).reasons["triton"])
+
+
+def test_an_explanation_is_readable(image):
+    lines = str(explain("layer_norm", image)).splitlines()
+    assert lines[0] == "layer_norm: reference (asked for: auto)"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(BACKENDS)
+    assert lines[-1] == "  reference: can run"
+    assert str(explain("layer_norm", image, backend="cuda")).startswith("layer_norm: cannot run (asked for: cuda)\n")
+
+
+def test_explaining_uses_the_setting_and_runs_nothing(image, monkeypatch):
+    monkeypatch.setattr(reference, "forward", lambda *_: pytest.fail("the operator ran"))
+    with use_backend("reference"):
+        assert explain("layer_norm", image.requires_grad_()).requested == "reference"
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_code_follows_the_setting(image, compiler, monkeypatch):
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    image, chosen = image if INTERPRETED else image.cuda(), []
+
+    def noted(*arguments):
+        chosen.append(backends.choose(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(registration, "choose", noted)
+    compiled = torch.compile(layer_norm, fullgraph=True, backend=compiler)
+    compiled(image)
+    for backend in ("triton", "reference", "triton"):
+        with use_backend(backend):
+            compiled(image)
+    compiled(image)
+    automatic = explain("layer_norm", image).backend
+    assert chosen[:5] == [automatic, "triton", "reference", "triton", automatic]
+
+
+def test_every_operator_has_a_reference_and_triton_kernels(image):
+    limits = {name: explain(name, *arguments) for name, arguments in minimal_calls(image).items()}
+    assert limits.keys() == OPERATORS.keys()
+    for explanation in limits.values():
+        assert not explanation.reasons["reference"]
+        assert not any("has no triton kernels" in reason for reason in explanation.reasons["triton"])
+
+
+def minimal_calls(image):
+    width, vector = image.shape[1], torch.ones(image.shape[1])
+    filters, matrix = torch.ones(width, 1, 3, 3), torch.eye(width)
+    return {
+        "depthwise_conv2d": (image, filters),
+        "depthwise_conv2d_layer_norm": (image, filters, None, None, None),
+        "global_response_norm": (image, vector, vector),
+        "layer_norm": (image,),
+        "mlp": (image, matrix, None, matrix, None),
+        "patch_linear": (image, torch.ones(4, width, 2, 2)),
+    }
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_is_no_reference(image):
+    explanation = explain("layer_norm", image.cuda())
+    assert explanation.backend in ("cuda", "triton")
+
+
+@pytest.mark.gpu
+def test_the_slow_path_on_a_gpu_warns_once_with_its_reason():
+    backends._warn_slow_path.cache_clear()
+    tokens = torch.randn(1, 2, 8200, device="cuda")
+    with pytest.warns(
+        UserWarning, match=r"layer_norm runs the plain PyTorch reference on a GPU: .*8200 channels"
+    ) as seen:
+        layer_norm(tokens)
+        layer_norm(tokens)
+    assert len(seen) == 1
