@@ -135,6 +135,36 @@ def evaluate(
     return {"output": output.detach(), **{f"grad {n}": g for n, g in zip(leaves, gradients, strict=True)}}
 
 
+def assert_far_rows_are_right(
+    function: Callable[..., Tensor], channels: int, parameters: Mapping[str, tuple[int, ...]], tensors: int
+) -> None:
+    """On a GPU: the last of more than 2^31 elements of float16 give what they give alone, forward and backward.
+
+    Args:
+        tensors: how many tensors of that size are alive at once; the test is skipped where they do not fit.
+    """
+    rows, last = 2**31 // channels + 4096, 2048
+    needed, free = 2 * tensors * rows * channels, torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory, there are {free / 2**30:.0f}")
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = {n: torch.randn(s, device="cuda", generator=generator) / s[-1] ** 0.5 for n, s in parameters.items()}
+    input = torch.zeros(1, rows, channels, device="cuda", dtype=torch.float16)
+    input[:, -last:] = torch.randn(last, channels, device="cuda", generator=generator)
+    far, alone = input.requires_grad_(), input[:, -last:].detach().clone().requires_grad_()
+    outputs = [function(input=leaf, **draw) for leaf in (far, alone)]
+    grads = [torch.zeros_like(output) for output in outputs]
+    for grad in grads:
+        grad[:, -last:] = random_like(outputs[1])
+    gradients = [
+        torch.autograd.grad(output, leaf, grad)[0]
+        for output, leaf, grad in zip(outputs, (far, alone), grads, strict=True)
+    ]
+    assert outputs[1].any() and gradients[1].any()
+    assert torch.equal(outputs[0][:, -last:], outputs[1])
+    assert torch.equal(gradients[0][:, -last:], gradients[1])
+
+
 class OperatorCalls(TorchDispatchMode):
     """Within the context, notes every call of the package's registered operators, below autograd."""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from contract import Contract
+from support import assert_far_rows_are_right
 
 from convnext_kernels.parity import Case
 
@@ -24,3 +25,9 @@ class TestLayerNorm(Contract):
     @pytest.mark.parametrize("eps", [0.0, -1e-6, torch.nan])
     def test_bad_eps(self, eps):
         self.assert_refused(lambda _: {"eps": eps}, ValueError, f"eps: got {eps}; accepted: a number greater than 0")
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("kernels", ["triton", "cuda"])
+    def test_offsets_past_32_bits(self, kernels):
+        _, function = self.gpu_call(kernels)
+        assert_far_rows_are_right(function, channels=128, parameters={"weight": (128,), "bias": (128,)}, tensors=5)

@@ -1,9 +1,11 @@
 """The pointwise MLP."""
 
+from functools import partial
+
 import pytest
 import torch
 from contract import Contract
-from support import arguments_of, device_of, evaluate, relative_error
+from support import arguments_of, assert_far_rows_are_right, device_of, evaluate, relative_error
 
 from convnext_kernels.functional import mlp
 from convnext_kernels.parity import Case
@@ -89,3 +91,10 @@ class TestMLP(Contract):
         arguments = arguments_of(self.full(), device=device_of(backend)) | {"residual": None}
         arguments["drop_path_factor"] = torch.zeros_like(arguments["drop_path_factor"])
         assert not any(result.any() for result in evaluate(self.on(backend), arguments).values())
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("kernels", ["triton", "cuda"])
+    def test_offsets_past_32_bits(self, kernels):
+        _, function = self.gpu_call(kernels)
+        call = partial(function, bias1=None, bias2=None)
+        assert_far_rows_are_right(call, channels=64, parameters={"weight1": (64, 64), "weight2": (64, 64)}, tensors=10)
