@@ -16,7 +16,10 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def float32_precision() -> str:
     """PyTorch's setting for float32 matrix products, as `tl.dot` names it: "tf32" or "ieee"."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    settings = torch.backends.cuda.matmul
+    # PyTorch 2.9 named it anew; since then reading the old name raises where the new one was set.
+    allowed = settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def round_up(value: int, multiple: int) -> int:
