@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_kernels import parity
+from convnext_kernels.backends import machine_reasons
 
 DTYPES = list(parity.DTYPES.values())
 ACTIVATIONS = ("input", "residual")
@@ -68,8 +69,11 @@ def device_of(backend: str) -> str:
     """Where a backend runs on this machine; skips the test if it runs nowhere."""
     if backend == "reference":
         return "cpu"
-    pytest.importorskip("triton")
-    return "cpu" if INTERPRETED else "cuda"
+    device = "cpu" if INTERPRETED else "cuda"
+    reasons = machine_reasons(backend, torch.device(device), torch.float32, by_name=True)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    return device
 
 
 def arguments_of(
