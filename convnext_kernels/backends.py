@@ -162,7 +162,7 @@ def choose(operator: str, requested: str, input: Tensor, limits: Mapping[str, Se
             by_name = requested == backend
             reasons[backend] = (*machine_reasons(backend, input.device, input.dtype, by_name), *limits[backend])
         else:
-            reasons[backend] = (f"there are no {backend} kernels for it yet",)
+            reasons[backend] = (f"no {backend} kernels yet",)
         if chosen is None and not reasons[backend] and requested in ("auto", backend):
             chosen = backend
     if _explaining.get():

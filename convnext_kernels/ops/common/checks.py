@@ -7,6 +7,9 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Found once: torch.compile of PyTorch 2.8 cannot trace the question.
+AUTOCAST_DEVICES = tuple(device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device))
+
 
 def check_tensor(name: str, value: object) -> None:
     """Checks that an argument is a tensor."""
@@ -57,6 +60,6 @@ def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
 def autocast(input: Tensor) -> Tensor:
     """Casts activations to autocast's dtype where it is on: 16-bit in and out, float32 inside the kernels."""
     device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         return input.to(torch.get_autocast_dtype(device))
     return input
