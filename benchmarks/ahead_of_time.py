@@ -180,6 +180,7 @@ def _filter_cases(operator: str, channels: Iterable[int], norms: tuple[str, ...]
         *(case(f"{size}x{size}", 96, size) for size in (3, 5, 11)),
         *(case(f"dilation {dilation}", 96, dilation=dilation) for dilation in (2, 4)),
         case("11x11, dilation 2", 96, 11, dilation=2),
+        case("11x11, 384 channels", 384, 11),
         case("7x7 map", 768, image=_image(768, 7, 7)),
         case("2x2 map", 40, image=_image(40, 2, 2)),
         case("1536 channels", 1536),

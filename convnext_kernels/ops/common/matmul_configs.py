@@ -21,11 +21,12 @@ class MatmulConfig:
 # 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take 97 KB
 # of shared memory on sm_90, and 64 KB on sm_80, within the 99 KB of its smaller sisters.
 WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
-# Half the accumulators, for few columns and for what needs registers beside them. With WIDE the derivative's epilogue
-# spills 200 bytes and scaled operands spill 8 on sm_80, at 255 registers; here they take 141 and 198.
+# Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
+# spills with the derivative's epilogue (200 bytes), patches as output (5 KB), scaled operands (8) or 24 channels (152).
 NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
-# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small.
-FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
+# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. A
+# 32-deep tile spills 72 bytes.
+FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=16, warps=8, stages=3)
 
 # Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200.
 SPLIT_PROGRAMS = 512
@@ -37,7 +38,8 @@ def matmul_config(columns: int, dtype: torch.dtype, needs_registers: bool) -> Ma
     """The configuration for an output of so many columns.
 
     Args:
-        needs_registers: the product has a prologue, or multiplies by the derivative.
+        needs_registers: the product has a prologue, multiplies by a derivative, stores patches or, for want of
+            alignment, loads element by element.
     """
     if dtype == torch.float32:
         return FLOAT32

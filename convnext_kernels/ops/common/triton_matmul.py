@@ -245,7 +245,9 @@ PLAIN = Epilogue()
 
 def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = PLAIN) -> None:
     """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
-    config = matmul_config(shape[1], a.tensor.dtype, needs_registers=epilogue.derivative)
+    # Triton knows of an alignment only where a size is a multiple of 16.
+    needs_registers = epilogue.derivative or out.patch > 0 or shape[2] % 16 > 0
+    config = matmul_config(shape[1], a.tensor.dtype, needs_registers)
     _launch(a, b, out, shape, config, epilogue)
 
 

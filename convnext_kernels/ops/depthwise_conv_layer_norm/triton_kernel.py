@@ -108,7 +108,7 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = to_channels_last(input)
     batch, height, width, channels = rows.shape
-    config = fused_config(width, channels)
+    config = fused_config(width, channels, weight.shape[-1])
     output, pixels = rows.new_empty(rows.shape), batch * height * width
     convolved = rows.new_empty(rows.shape) if save else None
     mean, rstd = (rows.new_empty(pixels, dtype=torch.float32) if save else None for _ in range(2))
