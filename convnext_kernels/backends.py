@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -98,22 +99,34 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_reasons(device: torch.device, dtype: torch.dtype, by_name: bool) -> list[str]:
+def _release(package: str) -> tuple[int, ...]:
+    """Major and minor version of an installed package."""
+    return tuple(int(number) for number in version(package).split(".")[:2])
+
+
+def _interpreter_reasons(dtype: torch.dtype, by_name: bool) -> list[str]:
+    if not interpreting():
+        return ["the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"]
     reasons = []
+    if dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter rounds bfloat16 toward zero and multiplies it as integers")
+    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        reasons.append("the interpreter of Triton before 3.7 fails with NumPy 2.4 or newer")
+    if not by_name:
+        reasons.append("Triton's interpreter checks kernels and is slow; it is used only when asked for by name")
+    return reasons
+
+
+def _triton_reasons(device: torch.device, dtype: torch.dtype, by_name: bool) -> list[str]:
     if find_spec("triton") is None:
-        reasons.append("triton is not installed")
+        return ["triton is not installed"]
+    reasons = _interpreter_reasons(dtype, by_name) if device.type == "cpu" else []
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < MINIMUM_CAPABILITY:
             reasons.append(f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed")
     elif device.type != "cpu":
         reasons.append(f"the tensors are on {device.type}; Triton's kernels are for CUDA")
-    elif not interpreting():
-        reasons.append("the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)")
-    elif dtype == torch.bfloat16:
-        reasons.append("Triton's interpreter rounds bfloat16 toward zero and multiplies it as integers")
-    elif not by_name:
-        reasons.append("Triton's interpreter checks kernels and is slow; it is used only when asked for by name")
     if dtype == torch.float64:
         reasons.append("float64 has no Triton kernels")
     return reasons

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from support import INTERPRETED
+from support import INTERPRETED, device_of
 
 from convnext_kernels import backends, explain, use_backend
 from convnext_kernels.backends import BACKENDS, BackendError, requested_backend
@@ -75,11 +75,26 @@ def test_auto_on_a_cpu_is_the_reference(image):
 
 @on_cpu_only
 def test_why_not_automatically_the_interpreter(image):
-    pytest.importorskip("triton")
+    device_of("triton")
     (reason,) = explain(layer_norm, image).reasons["triton"]
     assert reason == "Triton's interpreter checks kernels and is slow; it is used only when asked for by name"
     asked = explain(layer_norm, image, backend="triton")
     assert (asked.backend, asked.requested, list(asked.reasons["triton"])) == ("triton", "triton", [])
+
+
+@on_cpu_only
+@pytest.mark.parametrize(("triton", "numpy", "fails"), [("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False)])
+@pytest.mark.parametrize("newer", [False, True])
+def test_old_interpreter_with_new_numpy(image, monkeypatch, triton, numpy, fails, newer):
+    pytest.importorskip("triton")
+    versions = {"triton": "3.10.1" if newer else triton, "numpy": numpy}
+    monkeypatch.setattr(backends, "version", versions.__getitem__)
+    backends.machine_reasons.cache_clear()
+    try:
+        reasons = explain(layer_norm, image, backend="triton").reasons["triton"]
+    finally:
+        backends.machine_reasons.cache_clear()
+    assert any("NumPy 2.4" in reason for reason in reasons) == (fails and not newer)
 
 
 @on_cpu_only
@@ -154,9 +169,8 @@ def test_explaining_uses_the_setting_and_runs_nothing(image, monkeypatch):
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_compiled_code_follows_the_setting(image, compiler, monkeypatch):
-    pytest.importorskip("triton")
     torch._dynamo.reset()
-    image, chosen = image if INTERPRETED else image.cuda(), []
+    image, chosen = image.to(device_of("triton")), []
 
     def noted(*arguments):
         chosen.append(backends.choose(*arguments))
