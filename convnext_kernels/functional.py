@@ -44,9 +44,10 @@ def explain(operator: str | Callable[..., Tensor], *args: Any, **kwargs: Any) ->
     Raises:
         ValueError: no operator has that name, or an argument does not fit.
     """
-    name = operator if isinstance(operator, str) else getattr(operator, "__name__", repr(operator))
+    names = (name for name, function in OPERATORS.items() if operator in (name, function))
+    name = next(names, repr(operator))
     if name not in OPERATORS:
-        raise ValueError(f"operator: got {name!r}; accepted: {', '.join(OPERATORS)}")
+        raise ValueError(f"operator: got {name}; accepted: {', '.join(OPERATORS)}")
     try:
         with explaining(), torch.no_grad():
             OPERATORS[name](*args, **kwargs)
