@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from convnext_kernels.ops.common.launch import float32_precision
+
 
 @dataclass(frozen=True)
 class MatmulConfig:
@@ -24,9 +26,10 @@ WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
 # Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
 # spills with the derivative's epilogue (200 bytes), patches as output (5 KB), scaled operands (8) or 24 channels (152).
 NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
-# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. A
-# 32-deep tile spills 72 bytes.
-FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=16, warps=8, stages=3)
+TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
+# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. With
+# TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
+FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
 # Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200.
 SPLIT_PROGRAMS = 512
@@ -42,7 +45,7 @@ def matmul_config(columns: int, dtype: torch.dtype, needs_registers: bool) -> Ma
             alignment, loads element by element.
     """
     if dtype == torch.float32:
-        return FLOAT32
+        return FLOAT32 if float32_precision() == "ieee" else TF32
     return NARROW if columns <= 64 or needs_registers else WIDE
 
 

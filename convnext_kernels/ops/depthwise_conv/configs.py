@@ -25,7 +25,7 @@ class TileConfig:
 
 
 def forward_config(width: int, channels: int) -> TileConfig:
-    """8 elements for each thread: one 128-bit load of 16-bit values. At most 1024; small maps and few channels take less.
+    """Up to 1024 elements, 8 for each thread: one 128-bit load of 16-bit values. Small maps and few channels take less.
 
     With 4 elements a thread ptxas takes 72 registers and spills 40 bytes.
     """
