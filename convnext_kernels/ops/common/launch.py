@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's device current, as Triton launches on the current one whatever its arguments' device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
+    """Launches a Triton kernel on the device of its first argument, a tensor, and PyTorch's current stream there."""
+    # Triton launches on the current device, whatever its arguments' device.
+    first: Tensor = arguments[0]
+    current: AbstractContextManager[Any] = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+    with current:
+        # A multiply and an add become one instruction and one rounding; from Triton 3.10 on only where asked for.
+        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
 
 
 def float32_precision() -> str:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import float32_precision, on_device, round_up
+from convnext_kernels.ops.common.launch import float32_precision, launch, round_up
 from convnext_kernels.ops.common.matmul_configs import MatmulConfig, matmul_config, split_count
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
@@ -199,45 +199,46 @@ def _launch(
     _, height, width, channels = (1, 1, 1, 1) if images is None else images.shape
     per_split = round_up(-(-inner // splits), config.block_k)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
-    with on_device(out.tensor):
-        matmul_kernel[(tiles, splits)](
-            a.tensor,
-            b.tensor,
-            out.tensor,
-            epilogue.bias,
-            epilogue.pre_activation,
-            epilogue.hidden,
-            epilogue.column_scale,
-            epilogue.row_scale,
-            epilogue.residual,
-            inner_scale,
-            row_sums,
-            rows,
-            columns,
-            inner,
-            per_split,
-            epilogue.rows_per_scale,
-            *a[1:3],
-            *b[1:3],
-            *out[1:3],
-            height // patch if patch else 1,
-            width // patch if patch else 1,
-            height,
-            width,
-            channels,
-            A_PATCH=a.patch,
-            B_PATCH=b.patch,
-            OUT_PATCH=out.patch,
-            ACTIVATION=epilogue.activation and gelu_form(epilogue.activation, a.tensor.dtype),
-            DERIVATIVE=epilogue.derivative,
-            PRECISION=float32_precision(),
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=GROUP_M,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+    launch(
+        matmul_kernel,
+        (tiles, splits),
+        a.tensor,
+        b.tensor,
+        out.tensor,
+        epilogue.bias,
+        epilogue.pre_activation,
+        epilogue.hidden,
+        epilogue.column_scale,
+        epilogue.row_scale,
+        epilogue.residual,
+        inner_scale,
+        row_sums,
+        rows,
+        columns,
+        inner,
+        per_split,
+        epilogue.rows_per_scale,
+        *a[1:3],
+        *b[1:3],
+        *out[1:3],
+        height // patch if patch else 1,
+        width // patch if patch else 1,
+        height,
+        width,
+        channels,
+        A_PATCH=a.patch,
+        B_PATCH=b.patch,
+        OUT_PATCH=out.patch,
+        ACTIVATION=epilogue.activation and gelu_form(epilogue.activation, a.tensor.dtype),
+        DERIVATIVE=epilogue.derivative,
+        PRECISION=float32_precision(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP_M=GROUP_M,
+        warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 PLAIN = Epilogue()

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import next_power_of_2, on_device, round_up
+from convnext_kernels.ops.common.launch import launch, next_power_of_2, round_up
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.depthwise_conv.configs import ROWS, forward_config, split_count, weight_gradient_config
 
@@ -186,22 +186,23 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int,
     output = rows.new_empty(rows.shape)
     _, height, width, channels = rows.shape
     config = forward_config(width, channels)
-    with on_device(rows):
-        convolution_kernel[(tile_count(rows, dilation, config.pixels), -(-channels // config.channels))](
-            rows,
-            filter_rows(weight),
-            bias,
-            output,
-            height,
-            width,
-            channels,
-            SIZE=weight.shape[-1],
-            DILATION=dilation,
-            FLIP=flip,
-            BLOCK_W=config.pixels,
-            BLOCK_C=config.channels,
-            num_warps=config.warps,
-        )
+    launch(
+        convolution_kernel,
+        (tile_count(rows, dilation, config.pixels), -(-channels // config.channels)),
+        rows,
+        filter_rows(weight),
+        bias,
+        output,
+        height,
+        width,
+        channels,
+        SIZE=weight.shape[-1],
+        DILATION=dilation,
+        FLIP=flip,
+        BLOCK_W=config.pixels,
+        BLOCK_C=config.channels,
+        warps=config.warps,
+    )
     return from_channels_last(output)
 
 
@@ -218,24 +219,25 @@ def _parameter_gradients(grad_output: Tensor, input: Tensor, weight: Tensor, dil
     splits = split_count(pixels)
     grad_weight = torch.empty((splits, size * size, channels), dtype=torch.float32, device=rows.device)
     grad_bias = torch.empty((splits, channels), dtype=torch.float32, device=rows.device)
-    with on_device(rows):
-        weight_gradient_kernel[(splits, -(-channels // config.channels), size)](
-            grads,
-            rows,
-            grad_weight,
-            grad_bias,
-            pixels,
-            round_up(-(-pixels // splits), config.pixels),
-            height,
-            width,
-            channels,
-            SIZE=size,
-            DILATION=dilation,
-            BLOCK_J=next_power_of_2(size),
-            BLOCK_P=config.pixels,
-            BLOCK_C=config.channels,
-            num_warps=config.warps,
-        )
+    launch(
+        weight_gradient_kernel,
+        (splits, -(-channels // config.channels), size),
+        grads,
+        rows,
+        grad_weight,
+        grad_bias,
+        pixels,
+        round_up(-(-pixels // splits), config.pixels),
+        height,
+        width,
+        channels,
+        SIZE=size,
+        DILATION=dilation,
+        BLOCK_J=next_power_of_2(size),
+        BLOCK_P=config.pixels,
+        BLOCK_C=config.channels,
+        warps=config.warps,
+    )
     # PyTorch adds the splits in an order that their number alone fixes.
     return grad_weight.sum(0).t().contiguous().view(weight.shape), grad_bias.sum(0)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import on_device
+from convnext_kernels.ops.common.launch import launch
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.depthwise_conv import triton_kernel as depthwise_conv
 from convnext_kernels.ops.depthwise_conv.triton_kernel import (
@@ -112,27 +112,28 @@ def _fused(
     output, pixels = rows.new_empty(rows.shape), batch * height * width
     convolved = rows.new_empty(rows.shape) if save else None
     mean, rstd = (rows.new_empty(pixels, dtype=torch.float32) if save else None for _ in range(2))
-    with on_device(rows):
-        fused_kernel[(tile_count(rows, dilation, config.pixels),)](
-            rows,
-            filter_rows(weight),
-            bias,
-            norm_weight,
-            norm_bias,
-            output,
-            convolved,
-            mean,
-            rstd,
-            height,
-            width,
-            channels,
-            eps,
-            SIZE=weight.shape[-1],
-            DILATION=dilation,
-            BLOCK_W=config.pixels,
-            BLOCK_C=config.channels,
-            num_warps=config.warps,
-        )
+    launch(
+        fused_kernel,
+        (tile_count(rows, dilation, config.pixels),),
+        rows,
+        filter_rows(weight),
+        bias,
+        norm_weight,
+        norm_bias,
+        output,
+        convolved,
+        mean,
+        rstd,
+        height,
+        width,
+        channels,
+        eps,
+        SIZE=weight.shape[-1],
+        DILATION=dilation,
+        BLOCK_W=config.pixels,
+        BLOCK_C=config.channels,
+        warps=config.warps,
+    )
     output = from_channels_last(output)
     if convolved is None or mean is None or rstd is None:
         return output, nothing(input), nothing(input), nothing(input)

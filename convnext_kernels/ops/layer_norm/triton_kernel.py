@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import on_device
+from convnext_kernels.ops.common.launch import launch
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.layer_norm.configs import BACKWARD_PROGRAMS, norm_config
 
@@ -109,21 +109,22 @@ def forward(
     tokens, config = rows.numel() // channels, norm_config(channels)
     output = rows.new_empty(rows.shape)
     mean, rstd = (rows.new_empty(tokens, dtype=torch.float32) if save else None for _ in range(2))
-    with on_device(rows):
-        forward_kernel[(-(-tokens // config.tokens),)](
-            rows,
-            weight,
-            bias,
-            output,
-            mean,
-            rstd,
-            tokens,
-            channels,
-            eps,
-            BLOCK_T=config.tokens,
-            BLOCK_C=config.channels,
-            num_warps=config.warps,
-        )
+    launch(
+        forward_kernel,
+        (-(-tokens // config.tokens),),
+        rows,
+        weight,
+        bias,
+        output,
+        mean,
+        rstd,
+        tokens,
+        channels,
+        eps,
+        BLOCK_T=config.tokens,
+        BLOCK_C=config.channels,
+        warps=config.warps,
+    )
     if mean is None or rstd is None:
         return from_channels_last(output), nothing(rows), nothing(rows)
     return from_channels_last(output), mean, rstd
@@ -145,23 +146,24 @@ def backward(
     programs = max(1, -(-tokens // per_program))
     grad_input = rows.new_empty(rows.shape) if wanted[0] else None
     partial = torch.empty((2, programs, channels), dtype=torch.float32, device=rows.device)
-    with on_device(rows):
-        backward_kernel[(programs,)](
-            grads,
-            rows,
-            weight,
-            mean,
-            rstd,
-            grad_input,
-            partial[0],
-            partial[1],
-            tokens,
-            per_program,
-            channels,
-            BLOCK_T=config.tokens,
-            BLOCK_C=config.channels,
-            num_warps=config.warps,
-        )
+    launch(
+        backward_kernel,
+        (programs,),
+        grads,
+        rows,
+        weight,
+        mean,
+        rstd,
+        grad_input,
+        partial[0],
+        partial[1],
+        tokens,
+        per_program,
+        channels,
+        BLOCK_T=config.tokens,
+        BLOCK_C=config.channels,
+        warps=config.warps,
+    )
     return (
         nothing(input) if grad_input is None else from_channels_last(grad_input),
         partial[0].sum(0) if wanted[1] else nothing(input),

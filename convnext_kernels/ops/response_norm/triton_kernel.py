@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import on_device, round_up
+from convnext_kernels.ops.common.launch import launch, round_up
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.response_norm.configs import BLOCK_CHANNELS, BLOCK_TOKENS, WARPS, split_count
 from convnext_kernels.ops.response_norm.reference import input_coefficients, scales, weight_gradient
@@ -91,19 +91,20 @@ def _sums(a: Tensor, b: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]
     splits = split_count(tokens)
     dots = torch.empty((splits, batch, channels), dtype=torch.float32, device=a.device)
     sums = torch.empty_like(dots) if with_sums else None
-    with on_device(a):
-        sums_kernel[(batch, -(-channels // BLOCK_CHANNELS), splits)](
-            a,
-            b,
-            dots,
-            sums,
-            tokens,
-            round_up(-(-tokens // splits), BLOCK_TOKENS),
-            channels,
-            BLOCK_T=BLOCK_TOKENS,
-            BLOCK_C=BLOCK_CHANNELS,
-            num_warps=WARPS,
-        )
+    launch(
+        sums_kernel,
+        (batch, -(-channels // BLOCK_CHANNELS), splits),
+        a,
+        b,
+        dots,
+        sums,
+        tokens,
+        round_up(-(-tokens // splits), BLOCK_TOKENS),
+        channels,
+        BLOCK_T=BLOCK_TOKENS,
+        BLOCK_C=BLOCK_CHANNELS,
+        warps=WARPS,
+    )
     return dots.sum(0), None if sums is None else sums.sum(0)
 
 
@@ -112,20 +113,21 @@ def _apply(
 ) -> Tensor:
     batch, tokens, channels = _sizes(a)
     output = a.new_empty(a.shape)
-    with on_device(a):
-        apply_kernel[(batch * -(-tokens // BLOCK_TOKENS), -(-channels // BLOCK_CHANNELS))](
-            a,
-            a_scale,
-            b,
-            b_scale,
-            bias,
-            output,
-            tokens,
-            channels,
-            BLOCK_T=BLOCK_TOKENS,
-            BLOCK_C=BLOCK_CHANNELS,
-            num_warps=WARPS,
-        )
+    launch(
+        apply_kernel,
+        (batch * -(-tokens // BLOCK_TOKENS), -(-channels // BLOCK_CHANNELS)),
+        a,
+        a_scale,
+        b,
+        b_scale,
+        bias,
+        output,
+        tokens,
+        channels,
+        BLOCK_T=BLOCK_TOKENS,
+        BLOCK_C=BLOCK_CHANNELS,
+        warps=WARPS,
+    )
     return output
 
 
