@@ -1,7 +1,7 @@
 """Writes the figures of README.md from the stored results: `python -m benchmarks.readme`.
 
-Between `<!-- results: FILE -->` and `<!-- end of results -->` stands the table of benchmarks/results/FILE, a JSON written
-by `convnext-kernels bench --json`.
+Between `<!-- results: FILE -->` and `<!-- end of results -->` stands the table of benchmarks/results/FILE, a JSON
+written by `convnext-kernels bench --json`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from benchmarks import readme
 
 TEXT = readme.README.read_text()
