@@ -23,6 +23,7 @@ from support import (
     without_gradients,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_kernels import parity
 from convnext_kernels.functional import OPERATORS
@@ -55,6 +56,20 @@ def strided(parameter: Tensor) -> Tensor:
     """The same values in every second element of a memory whose others are NaN, the last two axes exchanged."""
     swapped = parameter.transpose(0, -1)
     return torch.stack([swapped, torch.full_like(swapped, torch.nan)], -1)[..., 0].transpose(0, -1)
+
+
+class ZerosMade(TorchDispatchMode):
+    """Notes the shape of every tensor of zeros that PyTorch makes within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "zero" in function.__name__:
+            self.shapes.append(result.shape)
+        return result
 
 
 class Contract:
@@ -244,6 +259,14 @@ class Contract:
         for frozen in [*only_one, names[::2], names[1::2], names]:
             got = evaluate(self.on(backend), without_gradients(arguments, frozen))
             assert_same(got, {n: value for n, value in expected.items() if n.removeprefix("grad ") not in frozen})
+
+    def test_backward_fills_no_zeros(self):
+        """PyTorch would make a gradient of zeros for each tensor an operator saved, hidden activations included."""
+        leaves = arguments_of(self.full())
+        output = self.on("reference")(**leaves)
+        with ZerosMade() as zeros:
+            torch.autograd.grad(output, list(leaves_of(leaves).values()), random_like(output))
+        assert zeros.shapes == []
 
     def test_a_second_derivative_is_an_error(self, backend):
         arguments = arguments_of(self.full(), device=device_of(backend))
