@@ -1,0 +1,91 @@
+// The PTX instructions in use, each as one function; fragment layouts are those of the PTX manual.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/shared.cuh"
+
+namespace convnext_kernels {
+
+template <typename T>
+__device__ __forceinline__ std::uint32_t shared_address(SharedPointer<T> pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts the copy of one element of 4, 8 or 16 bytes from global memory; where not valid it writes zeros and reads
+// nothing. The element is there after cp_async_wait, for other threads after a barrier that follows it.
+template <typename T>
+__device__ __forceinline__ void cp_async(SharedPointer<T> destination, T const* source, bool valid) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(destination)), "l"(source),
+               "n"(sizeof(T)), "r"(valid ? static_cast<int>(sizeof(T)) : 0)
+               : "memory");
+}
+
+// Closes the group of this thread's copies since the last commit.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until no more than `pending` of this thread's groups are under way.
+template <int pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements. Lane 8 i + r passes the 16-byte row r of matrix i; lane 4 g + q gets, of each
+// matrix, elements 2 q and 2 q + 1 of row g.
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&fragments)[4], SharedPointer<T> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// As ldmatrix_x4, each matrix transposed: lane 4 g + q gets elements g of rows 2 q and 2 q + 1.
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&fragments)[4], SharedPointer<T> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// d += a b with a [16, 16], b [16, 8] of T (__half or __nv_bfloat16) and d [16, 8] of float. Lane 4 g + q holds, two
+// elements to a register, the lower column (of b: row) in its lower half:
+//   a[0], a[1], a[2], a[3]: columns 2 q, 2 q + 1 of row g, of row g + 8, then columns 2 q + 8, 2 q + 9 of both rows
+//   b[0], b[1]: rows 2 q, 2 q + 1, then rows 2 q + 8, 2 q + 9 of column g
+//   d[0..1], d[2..3]: columns 2 q, 2 q + 1 of row g, of row g + 8
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], std::uint32_t const (&a)[4], std::uint32_t const (&b)[2]) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "T is __half or __nv_bfloat16");
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Two floats rounded to T, nearest and ties to even, `low` in the lower half.
+template <typename T>
+__device__ __forceinline__ std::uint32_t pack(float low, float high) {
+  std::uint32_t packed;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "T is __half or __nv_bfloat16");
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+}  // namespace convnext_kernels

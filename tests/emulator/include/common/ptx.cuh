@@ -1,0 +1,155 @@
+// The PTX instructions in use, by their definitions in the PTX manual: stands in for csrc/common/ptx.cuh.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <array>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/shared.cuh"
+
+namespace emulator {
+
+constexpr unsigned all_lanes = 0xffffffff;
+
+template <typename T>
+float half_of(std::uint32_t packed, int which) {
+  auto const bits = static_cast<std::uint16_t>(packed >> 16 * which);
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float({bits});
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    return __bfloat162float({bits});
+  }
+}
+
+template <typename T>
+std::uint32_t rounded_bits(float value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value).bits;
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    return __float2bfloat16_rn(value).bits;
+  }
+}
+
+template <typename T>
+struct MatrixRow {
+  Pointer<T> row;
+  std::uint32_t (&fragments)[4];
+};
+
+// Both layouts of ldmatrix: each lane reads the two elements that it gets, out of the rows that the warp's lanes pass.
+template <typename T>
+void ldmatrix_x4(std::uint32_t (&fragments)[4], Pointer<T> row, bool transposed, Site site) {
+  MatrixRow<T> operand{row, fragments};
+  block.collective(all_lanes, operand, site, [transposed](MatrixRow<T>** lanes) {
+    int const first_thread = block.current->number - lane();
+    for (int index = 0; index < 4 * warp_size; ++index) {
+      int const receiver = index % warp_size, matrix = index / warp_size, g = receiver / 4, q = receiver % 4;
+      std::uint16_t elements[2];
+      for (int i = 0; i < 2; ++i) {
+        int const row_index = transposed ? 2 * q + i : g, column = transposed ? g : 2 * q + i;
+        Pointer<T> const source = lanes[8 * matrix + row_index]->row;
+        if (source.offset() % 16 != 0) {
+          report("misaligned: ldmatrix is given a row at byte %td of shared memory", source.offset());
+        }
+        source.region()->read(*block.threads[first_thread + receiver], source.offset() + 2 * column, &elements[i], 2);
+      }
+      lanes[receiver]->fragments[matrix] = elements[0] | static_cast<std::uint32_t>(elements[1]) << 16;
+    }
+  });
+}
+
+struct MmaOperand {
+  float (&d)[4];
+  std::uint32_t const (&a)[4];
+  std::uint32_t const (&b)[2];
+};
+
+}  // namespace emulator
+
+namespace convnext_kernels {
+
+template <typename T>
+void cp_async(SharedPointer<T> destination, T const* source, bool valid) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
+  emulator::Thread& thread = *emulator::block.current;
+  std::array<std::byte, sizeof(T)> bytes{};
+  if (valid) {
+    if (reinterpret_cast<std::uintptr_t>(source) % sizeof(T) != 0) {
+      emulator::report("misaligned: thread %d copies %zu bytes from %p", thread.number, sizeof(T),
+                       static_cast<void const*>(source));
+    }
+    std::memcpy(&bytes, source, sizeof(T));
+  }
+  destination.region()->start_copy(thread, destination.offset(), sizeof(T));
+  thread.open_group.push_back(
+      [=, &thread] { destination.region()->land(thread, destination.offset(), &bytes, sizeof(T)); });
+}
+
+inline void cp_async_commit() {
+  emulator::Thread& thread = *emulator::block.current;
+  thread.groups.push_back(std::move(thread.open_group));
+  thread.open_group.clear();
+}
+
+template <int pending>
+void cp_async_wait() {
+  emulator::Thread& thread = *emulator::block.current;
+  for (; thread.groups.size() > pending; thread.groups.pop_front()) {
+    for (emulator::Copy const& land : thread.groups.front()) {
+      land();
+    }
+  }
+}
+
+template <typename T>
+void ldmatrix_x4(std::uint32_t (&fragments)[4], SharedPointer<T> row, char const* file = __builtin_FILE(),
+                 int line = __builtin_LINE()) {
+  emulator::ldmatrix_x4(fragments, row, false, {file, line});
+}
+
+template <typename T>
+void ldmatrix_x4_transposed(std::uint32_t (&fragments)[4], SharedPointer<T> row, char const* file = __builtin_FILE(),
+                            int line = __builtin_LINE()) {
+  emulator::ldmatrix_x4(fragments, row, true, {file, line});
+}
+
+template <typename T>
+void mma_m16n8k16(float (&d)[4], std::uint32_t const (&a)[4], std::uint32_t const (&b)[2],
+                  char const* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  using emulator::MmaOperand;
+  MmaOperand operand{d, a, b};
+  emulator::block.collective(emulator::all_lanes, operand, {file, line}, [](MmaOperand** lanes) {
+    float matrix_a[16][16], matrix_b[16][8];
+    for (int lane = 0; lane < emulator::warp_size; ++lane) {
+      int const g = lane / 4, q = lane % 4;
+      for (int i = 0; i < 2; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          int const k = 2 * q + 8 * half + i;
+          matrix_a[g][k] = emulator::half_of<T>(lanes[lane]->a[2 * half], i);
+          matrix_a[g + 8][k] = emulator::half_of<T>(lanes[lane]->a[2 * half + 1], i);
+          matrix_b[k][g] = emulator::half_of<T>(lanes[lane]->b[half], i);
+        }
+      }
+    }
+    for (int lane = 0; lane < emulator::warp_size; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        int const row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        for (int k = 0; k < 16; ++k) {
+          lanes[lane]->d[i] += matrix_a[row][k] * matrix_b[k][column];
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+std::uint32_t pack(float low, float high) {
+  return emulator::rounded_bits<T>(low) | emulator::rounded_bits<T>(high) << 16;
+}
+
+}  // namespace convnext_kernels
