@@ -1,6 +1,7 @@
 // Of CUDA C++, the language and the runtime, what kernels use.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "block.h"
@@ -12,6 +13,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
+
+using std::max;
+using std::min;
 
 struct alignas(8) uint2 {
   unsigned x, y;
