@@ -28,12 +28,18 @@ struct Traits {
   static constexpr int threads = 32 * warps;
   static constexpr int channels = 2 * warps;  // 32 bytes of each pixel, a whole sector
   static constexpr int words = warps;         // of 32 bits: a warp's two channels
-  static constexpr int pixel_stride = words + 1;  // odd, in words: a warp's fragment loads meet a bank twice at most
-  static constexpr int stages = 4;                // of inputs: three steps' are under way; 20 to 36 KB
   static constexpr int pixels_per_pass = threads / words;
+  static constexpr int most_rows = 64;  // of outputs in a block; each split reads 2 radius input rows again
+
+  // Shared memory, in words. An odd pixel stride makes a warp's fragment loads meet a bank twice at most.
+  static constexpr int pixel_stride = words + 1;
+  static constexpr int input_pixels = 2 * segment * segments;  // in a row of 8 strips of one segment, the most
   static constexpr int output_pixels = segment * segments;
-  static constexpr int output_words = 2 * output_pixels * pixel_stride;
-  static constexpr int most_rows = 64;  // of outputs a block walks over; splitting costs 2 radius more input rows each
+  static constexpr int input_row = input_pixels * pixel_stride;
+  static constexpr int output_row = output_pixels * pixel_stride;
+  static constexpr int stage = 2 * input_row;
+  // A multiple of live_pairs, so that in a loop unrolled by it every place in both rings is a constant.
+  static constexpr int stages = live_pairs == 2 ? 4 : live_pairs;
 
   static_assert(kernel_size % 2 == 1 && segment + 2 * radius <= depth, "a segment's inputs fit into one product");
   static_assert(depth == 2 * segment, "a strip is one segment longer than its outputs");
@@ -48,6 +54,7 @@ struct Tiling {
   int pixels;          // of input in a block's row: images * strip_pixels
   int channel_blocks, strips, row_blocks;
   int rows;  // of output in a block, even
+  std::int64_t input_stride, output_stride;  // from row to row, in words
 };
 
 // The operands T_i of a warp's two channels. Lane 4 g + q holds elements 2 q, 2 q + 1 (half 0) and 2 q + 8, 2 q + 9
@@ -57,18 +64,24 @@ struct Filter {
   std::uint32_t fragments[2][Traits::kernel_size][2];
   float bias[2];
 
+  __device__ void load(DepthwiseConvForwardParams const& params, int channel, int lane) {
+    if (params.parameter_type == ElementType::float32) {
+      load(static_cast<float const*>(params.weight), static_cast<float const*>(params.bias), channel, lane);
+    } else {
+      using Element = typename Traits::Element;
+      load(static_cast<Element const*>(params.weight), static_cast<Element const*>(params.bias), channel, lane);
+    }
+  }
+
   template <typename Parameter>
-  __device__ void load(Parameter const* weight, Parameter const* bias_pointer, int channel, int channels, int lane) {
+  __device__ void load(Parameter const* weight, Parameter const* bias_pointer, int channel, int lane) {
     constexpr int size = Traits::kernel_size;
     int const first_tap = 2 * (lane % 4) - lane / 4;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      bool const exists = channel + c < channels;
       Parameter const* const filter = weight + std::int64_t{channel + c} * (size * size);
-      auto const tap = [=](int i, int j) {
-        return exists && j >= 0 && j < size ? to_float(filter[i * size + j]) : 0.0f;
-      };
-      bias[c] = exists && bias_pointer ? to_float(bias_pointer[channel + c]) : 0.0f;
+      auto const tap = [=](int i, int j) { return j >= 0 && j < size ? to_float(filter[i * size + j]) : 0.0f; };
+      bias[c] = bias_pointer ? to_float(bias_pointer[channel + c]) : 0.0f;
 #pragma unroll
       for (int i = 0; i < size; ++i) {
 #pragma unroll
@@ -90,91 +103,110 @@ struct Filter {
   }
 };
 
-// What one thread copies of each input row: one word of some pixels.
+// A thread's share of every row of pixels: one word of some of them.
+template <typename Traits>
+struct Share {
+  int word = threadIdx.x % Traits::words;
+  int first_pixel = threadIdx.x / Traits::words;
+
+  __device__ __forceinline__ int pixel(int pass) const { return first_pixel + pass * Traits::pixels_per_pass; }
+  // In the block's row in shared memory.
+  __device__ __forceinline__ int place(int pass) const { return pixel(pass) * Traits::pixel_stride + word; }
+};
+
+// What one thread copies of each input row. The pixels beside the image stay zero throughout.
 template <typename Traits>
 struct InputCopies {
-  static constexpr int most_pixels = (Traits::segments + Traits::segments) * Traits::segment;
-  static constexpr int passes = most_pixels / Traits::pixels_per_pass;
+  static constexpr int passes = Traits::input_pixels / Traits::pixels_per_pass;
 
-  std::uint32_t const* sources[passes];  // in row 0
-  bool inside[passes];                   // neither beside the image, nor behind the last image or channel
-  int word, first_pixel;
+  std::uint32_t const* sources[passes];  // in the next row to copy
+  bool inside[passes];
+  std::int64_t row_stride;  // in words
+  int height;
+  Share<Traits> share;
 
-  __device__ void init(DepthwiseConvForwardParams const& params, Tiling const& tiling, std::int64_t image, int x,
-                       int channel) {
-    word = threadIdx.x % Traits::words;
-    first_pixel = threadIdx.x / Traits::words;
-    channel += 2 * word;
+  __device__ InputCopies(DepthwiseConvForwardParams const& params, Tiling const& tiling, std::int64_t image,
+                         int first_row, int x, int channel)
+      : row_stride(tiling.input_stride), height(params.height) {
+    channel += 2 * share.word;
 #pragma unroll
     for (int pass = 0; pass < passes; ++pass) {
-      int const pixel = first_pixel + pass * Traits::pixels_per_pass;
+      int const pixel = share.pixel(pass);
       std::int64_t const n = image + pixel / tiling.strip_pixels;
       int const column = x - Traits::radius + pixel % tiling.strip_pixels;
-      inside[pass] = n < params.batch && column >= 0 && column < params.width && channel < params.channels;
-      std::int64_t const offset =
+      inside[pass] = pixel < tiling.pixels && n < params.batch && column >= 0 && column < params.width &&
+                     channel < params.channels;
+      std::int64_t const start =
           inside[pass] ? n * params.input_strides.image + column * params.input_strides.pixel + channel : 0;
-      sources[pass] = static_cast<std::uint32_t const*>(params.input) + offset / 2;
+      sources[pass] = static_cast<std::uint32_t const*>(params.input) + start / 2 + first_row * row_stride;
     }
   }
 
-  // Starts the copies of rows row and row + 1.
-  __device__ __forceinline__ void start(SharedPointer<std::uint32_t> stage, DepthwiseConvForwardParams const& params,
-                                        Tiling const& tiling, int row) const {
+  __device__ void zero_outside(SharedPointer<std::uint32_t> inputs) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bool const row_inside = row + i >= 0 && row + i < params.height;
-      std::int64_t const offset = row_inside ? (row + i) * params.input_strides.row / 2 : 0;
+    for (int row_of_ring = 0; row_of_ring < 2 * Traits::stages; ++row_of_ring) {
 #pragma unroll
       for (int pass = 0; pass < passes; ++pass) {
-        int const pixel = first_pixel + pass * Traits::pixels_per_pass;
-        if (pixel < tiling.pixels) {
-          cp_async<std::uint32_t>(stage + (i * tiling.pixels + pixel) * Traits::pixel_stride + word,
-                                  sources[pass] + offset, row_inside && inside[pass]);
+        if (!inside[pass]) {
+          inputs[row_of_ring * Traits::input_row + share.place(pass)] = 0;
         }
+      }
+    }
+  }
+
+  // Starts the copies of the next two rows, row and row + 1: zeros where they lie above or below the image.
+  __device__ __forceinline__ void start(SharedPointer<std::uint32_t> stage, int row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bool const row_inside = row + i >= 0 && row + i < height;
+#pragma unroll
+      for (int pass = 0; pass < passes; ++pass) {
+        if (inside[pass]) {
+          cp_async<std::uint32_t>(stage + i * Traits::input_row + share.place(pass), sources[pass], row_inside);
+        }
+        sources[pass] += row_stride;
       }
     }
   }
 };
 
-// What one thread stores of each output row: one word of some pixels.
+// What one thread stores of each output row.
 template <typename Traits>
 struct OutputStores {
   static constexpr int passes = Traits::output_pixels / Traits::pixels_per_pass;
 
-  std::uint32_t* destinations[passes];  // in row 0
+  std::uint32_t* destinations[passes];  // in the next row to store
   bool inside[passes];
-  int word, first_pixel;
+  std::int64_t row_stride;  // in words
+  Share<Traits> share;
 
-  __device__ void init(DepthwiseConvForwardParams const& params, Tiling const& tiling, std::int64_t image, int x,
-                       int channel) {
+  __device__ OutputStores(DepthwiseConvForwardParams const& params, Tiling const& tiling, std::int64_t image,
+                          int first_row, int x, int channel)
+      : row_stride(tiling.output_stride) {
     int const strip_outputs = tiling.strip_segments * Traits::segment;
-    word = threadIdx.x % Traits::words;
-    first_pixel = threadIdx.x / Traits::words;
-    channel += 2 * word;
+    channel += 2 * share.word;
 #pragma unroll
     for (int pass = 0; pass < passes; ++pass) {
-      int const pixel = first_pixel + pass * Traits::pixels_per_pass;
+      int const pixel = share.pixel(pass);
       std::int64_t const n = image + pixel / strip_outputs;
       int const column = x + pixel % strip_outputs;
       inside[pass] = n < params.batch && column < params.width && channel < params.channels;
-      std::int64_t const offset =
+      std::int64_t const start =
           inside[pass] ? n * params.output_strides.image + column * params.output_strides.pixel + channel : 0;
-      destinations[pass] = static_cast<std::uint32_t*>(params.output) + offset / 2;
+      destinations[pass] = static_cast<std::uint32_t*>(params.output) + start / 2 + first_row * row_stride;
     }
   }
 
-  // Stores rows row and row + 1, as far as they lie before end_row.
-  __device__ __forceinline__ void store(SharedPointer<std::uint32_t> staged, DepthwiseConvForwardParams const& params,
-                                        int row, int end_row) const {
+  // Stores the next two rows, the second only if it is one.
+  __device__ __forceinline__ void store(SharedPointer<std::uint32_t> staged, bool second) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      std::int64_t const offset = (row + i) * params.output_strides.row / 2;
 #pragma unroll
       for (int pass = 0; pass < passes; ++pass) {
-        int const pixel = first_pixel + pass * Traits::pixels_per_pass;
-        if (inside[pass] && row + i < end_row) {
-          destinations[pass][offset] = staged[(i * Traits::output_pixels + pixel) * Traits::pixel_stride + word];
+        if (inside[pass] && (i == 0 || second)) {
+          *destinations[pass] = staged[i * Traits::output_row + share.place(pass)];
         }
+        destinations[pass] += row_stride;
       }
     }
   }
@@ -187,13 +219,14 @@ using Accumulators = float[Traits::live_pairs][2][4];  // pair of rows, channel,
 // the newest is in slot `newest`. `tile` is the lane's first pixel and the warp's word.
 template <typename Traits>
 __device__ __forceinline__ void accumulate(Accumulators<Traits>& sums, Filter<Traits> const& filter, int newest,
-                                           SharedPointer<std::uint32_t> tile, int row_words) {
+                                           SharedPointer<std::uint32_t> tile) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     std::uint32_t b[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      SharedPointer<std::uint32_t> const pixel = tile + i * row_words + half * Traits::segment * Traits::pixel_stride;
+      SharedPointer<std::uint32_t> const pixel =
+          tile + i * Traits::input_row + half * Traits::segment * Traits::pixel_stride;
       std::uint32_t const left = pixel[0], right = pixel[Traits::pixel_stride];
       b[0][half] = __byte_perm(left, right, 0x5410);  // the first channel of both pixels
       b[1][half] = __byte_perm(left, right, 0x7632);  // the second
@@ -218,8 +251,9 @@ __device__ __forceinline__ void stage_outputs(SharedPointer<std::uint32_t> stage
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     int const segment = 2 * (lane % 4) + i % 2;
-    int const pixel = i / 2 * Traits::output_pixels + segment * Traits::segment + lane / 4;
-    staged[pixel * Traits::pixel_stride + warp] = pack<typename Traits::Element>(sums[0][i], sums[1][i]);
+    int const pixel = segment * Traits::segment + lane / 4;
+    staged[i / 2 * Traits::output_row + pixel * Traits::pixel_stride + warp] =
+        pack<typename Traits::Element>(sums[0][i], sums[1][i]);
   }
 }
 
@@ -235,68 +269,55 @@ __global__ void __launch_bounds__(Traits::threads, 2)
   int const first_row = index % tiling.row_blocks * tiling.rows;
   std::int64_t const image = std::int64_t{index / tiling.row_blocks} * tiling.images;
   int const end_row = min(first_row + tiling.rows, params.height);
-  int const pairs = (end_row - first_row + 1) / 2;
-  int const steps = pairs + Traits::radius;
 
-  int const row_words = tiling.pixels * Traits::pixel_stride;
-  int const stage_words = 2 * row_words;
-  SharedPointer<std::uint32_t> const inputs = dynamic_shared<std::uint32_t>();
-  SharedPointer<std::uint32_t> const outputs = inputs + Traits::stages * stage_words;
+  __shared__ SharedArray<std::uint32_t, Traits::stages * Traits::stage> inputs;
+  __shared__ SharedArray<std::uint32_t, 2 * 2 * Traits::output_row> outputs;
   // Every strip before the lane's column is one segment longer than its outputs.
   int const column = lane / 4 + lane / 4 / tiling.strip_segments;
-  int const tile_offset = (column * Traits::segment + 2 * (lane % 4)) * Traits::pixel_stride + warp;
+  int const tile = (column * Traits::segment + 2 * (lane % 4)) * Traits::pixel_stride + warp;
 
-  InputCopies<Traits> copies;
-  copies.init(params, tiling, image, x, channel);
-  int const first_input_row = first_row - Traits::radius;
+  Filter<Traits> filter;  // behind the last channel any, as nothing is stored there
+  filter.load(params, min(channel + 2 * warp, params.channels - 2), lane);
+  int const first_input_row = first_row - Traits::radius, end_input_row = end_row + Traits::radius;
+  InputCopies<Traits> copies(params, tiling, image, first_input_row, x, channel);
+  copies.zero_outside(inputs);
 #pragma unroll
   for (int stage = 0; stage < Traits::stages - 1; ++stage) {
-    if (stage < steps) {
-      copies.start(inputs + stage * stage_words, params, tiling, first_input_row + 2 * stage);
-    }
+    copies.start(inputs + stage * Traits::stage, first_input_row + 2 * stage);
     cp_async_commit();
   }
-  OutputStores<Traits> stores;
-  stores.init(params, tiling, image, x, channel);
-  Filter<Traits> filter;
-  if (params.parameter_type == ElementType::float32) {
-    filter.load(static_cast<float const*>(params.weight), static_cast<float const*>(params.bias),
-                channel + 2 * warp, params.channels, lane);
-  } else {
-    using Element = typename Traits::Element;
-    filter.load(static_cast<Element const*>(params.weight), static_cast<Element const*>(params.bias),
-                channel + 2 * warp, params.channels, lane);
-  }
+  OutputStores<Traits> stores(params, tiling, image, first_row, x, channel);
 
   Accumulators<Traits> sums;
-  for (int first_step = 0;; first_step += Traits::live_pairs) {
+  // A step stores output rows row and row + 1, which the step before has finished, and finishes the next two. The input
+  // rows that it computes with, and those that it starts to copy, are at constant distances from these.
+  for (int ring_row = first_row - 2 * Traits::live_pairs;; ring_row += 2 * Traits::stages) {
 #pragma unroll
-    for (int slot = 0; slot < Traits::live_pairs; ++slot) {
-      int const step = first_step + slot;
+    for (int stage = 0; stage < Traits::stages; ++stage) {
+      int const row = ring_row + 2 * stage, next_row = row + 2;
       // Behind this barrier the step's inputs and the outputs of the step before are in shared memory, and nobody reads
       // any more what the step before read: its stage of inputs, and the outputs of the step before that.
       cp_async_wait<Traits::stages - 2>();
       __syncthreads();
-      int const next = step + Traits::stages - 1;
-      if (next < steps) {
-        copies.start(inputs + next % Traits::stages * stage_words, params, tiling, first_input_row + 2 * next);
+      int const input_row = row + Traits::radius + 2 * Traits::stages;
+      if (input_row < end_input_row) {
+        copies.start(inputs + (stage + Traits::stages - 1) % Traits::stages * Traits::stage, input_row);
       }
       cp_async_commit();
-      if (step > Traits::radius) {
-        stores.store(outputs + (step - 1) % 2 * Traits::output_words, params,
-                     first_row + 2 * (step - 1 - Traits::radius), end_row);
+      if (row >= first_row) {
+        stores.store(outputs + (row & 2) * Traits::output_row, row + 1 < end_row);
       }
-      if (step == steps) {
+      if (next_row >= end_row) {
         return;
       }
+      int const newest = stage % Traits::live_pairs, oldest = (newest + 1) % Traits::live_pairs;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        sums[slot][i / 4][i % 4] = filter.bias[i / 4];
+        sums[newest][i / 4][i % 4] = filter.bias[i / 4];
       }
-      accumulate<Traits>(sums, filter, slot, inputs + step % Traits::stages * stage_words + tile_offset, row_words);
-      if (step >= Traits::radius) {
-        int const oldest = (slot + 1) % Traits::live_pairs;
-        stage_outputs<Traits>(outputs + step % 2 * Traits::output_words, sums[oldest], warp, lane);
+      accumulate<Traits>(sums, filter, newest, inputs + stage * Traits::stage + tile);
+      if (next_row >= first_row) {
+        stage_outputs<Traits>(outputs + (next_row & 2) * Traits::output_row, sums[oldest], warp, lane);
       }
     }
   }
@@ -317,8 +338,10 @@ Tiling tiling_of(DepthwiseConvForwardParams const& params) {
   tiling.pixels = tiling.images * tiling.strip_pixels;
   tiling.channel_blocks = static_cast<int>(ceil_div(params.channels, Traits::channels));
   tiling.strips = static_cast<int>(ceil_div(segments, tiling.strip_segments));
-  tiling.row_blocks = static_cast<int>(ceil_div(params.height, Traits::most_rows));
-  tiling.rows = 2 * static_cast<int>(ceil_div(params.height, 2 * tiling.row_blocks));
+  tiling.rows = 2 * static_cast<int>(ceil_div(params.height, 2 * ceil_div(params.height, Traits::most_rows)));
+  tiling.row_blocks = static_cast<int>(ceil_div(params.height, tiling.rows));
+  tiling.input_stride = params.input_strides.row / 2;
+  tiling.output_stride = params.output_strides.row / 2;
   return tiling;
 }
 
@@ -332,10 +355,8 @@ cudaError_t launch_with(DepthwiseConvForwardParams const& params, cudaStream_t s
   if (positions > most_blocks / tiling.row_blocks || image_groups > most_blocks / (positions * tiling.row_blocks)) {
     return cudaErrorInvalidConfiguration;
   }
-  int const words = Shape::stages * 2 * tiling.pixels * Shape::pixel_stride + 2 * Shape::output_words;
   dim3 const grid(static_cast<unsigned>(positions * tiling.row_blocks * image_groups));
-  return launch(depthwise_conv_forward<Shape>, grid, Shape::threads, words * sizeof(std::uint32_t), stream, params,
-                tiling);
+  return launch(depthwise_conv_forward<Shape>, grid, Shape::threads, 0, stream, params, tiling);
 }
 
 template <typename Element>

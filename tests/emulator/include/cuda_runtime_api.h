@@ -1,7 +1,12 @@
 // Of the CUDA runtime's C interface, what launchers name.
 #pragma once
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
+};
 
 using cudaStream_t = struct CUstream_st*;
 

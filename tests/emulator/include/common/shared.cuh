@@ -124,12 +124,12 @@ class Region {
   void note_access(Thread const& thread, std::ptrdiff_t offset, char const* does) const {
     Shadow const& shadow = shadow_[offset];
     if (shadow.in_flight) {
-      report("missing wait: thread %d %s byte %td of shared memory, to which an asynchronous copy of thread %d is under way",
+      report("missing wait: thread %d %s byte %td of shared memory, to which a copy of thread %d is under way",
              thread.number, does, offset, shadow.writer);
     }
     if (unordered_write(shadow, thread)) {
-      report("race: thread %d %s byte %td of shared memory, which thread %d wrote with no barrier between", thread.number,
-             does, offset, shadow.writer);
+      report("race: thread %d %s byte %td of shared memory, which thread %d wrote with no barrier between",
+             thread.number, does, offset, shadow.writer);
     }
   }
 
