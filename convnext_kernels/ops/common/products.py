@@ -13,8 +13,8 @@ _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.b
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows [..., inner] times weight' [inner, columns], plus bias [columns].
 
-    On a CPU, float32 goes to oneDNN. The MKL behind `torch.nn.functional.linear` names AMD's processors by no instruction
-    set (MKL_VERBOSE=1), oneDNN ran AVX-512 there and took half the time for 1568 rows, 384 to 1536 (torch 2.11, 2.15).
+    On a CPU, float32 goes to oneDNN. The MKL behind `torch.nn.functional.linear` takes AMD's processors for generic ones
+    (MKL_VERBOSE=1); oneDNN ran AVX-512 there, in half the time for 1568 rows, 384 to 1536 (torch 2.11 and 2.15).
     """
     on_cpu = rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() > 0
     if on_cpu and _ONEDNN_LINEAR is not None and torch.backends.mkldnn.enabled:
