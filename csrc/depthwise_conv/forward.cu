@@ -377,6 +377,12 @@ bool pairs_of_channels(void const* tensor, ImageStrides const& strides, int chan
 
 }  // namespace
 
+bool on_tensor_cores(DepthwiseConvForwardParams const& params) {
+  return params.type != ElementType::float32 &&
+         pairs_of_channels(params.input, params.input_strides, params.channels) &&
+         pairs_of_channels(params.output, params.output_strides, params.channels);
+}
+
 cudaError_t launch_depthwise_conv_forward(DepthwiseConvForwardParams const& params, cudaStream_t stream) {
   if (params.batch < 0 || params.height < 1 || params.width < 1 || params.channels < 1) {
     return cudaErrorInvalidValue;

@@ -5,9 +5,14 @@ import runpy
 import shlex
 import shutil
 import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pybind11
 import pytest
+
+from convnext_kernels.build import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -27,13 +32,32 @@ needs_compiler = pytest.mark.skipif(
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
-def compile_program(program: Path, *sources: Path) -> Path:
-    """Builds the sources, .cu among them, as one program; the emulator's headers come before those of csrc/."""
+def _compile(output: Path, *arguments: str) -> Path:
+    """Calls the compiler; the emulator's headers come before those of csrc/."""
     includes = [f"-I{EMULATOR / 'include'}", f"-I{SOURCES}"]
-    command = [*COMPILER, *FLAGS, *includes, "-x", "c++", *map(str, sources), "-o", str(program)]
+    command = [*COMPILER, *FLAGS, *includes, *arguments, "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
-    return program
+    return output
+
+
+def compile_program(program: Path, *sources: Path) -> Path:
+    """Builds the sources, .cu among them, as one program."""
+    return _compile(program, "-x", "c++", *map(str, sources))
+
+
+def compile_library(folder: Path) -> Path:
+    """Builds the whole compiled library, bindings and kernels, as the Python module `_C` of the emulator."""
+    options = [
+        *("-x", "c++", "-c", "-fPIC", "-fvisibility=hidden", f'-DCONVNEXT_KERNELS_VERSION="{__version__}"'),
+        *("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")),
+    ]
+    kernels = [path for path in SOURCES.glob("*/*.cu") if path.name != "build_info.cu"]
+    sources = [*kernels, SOURCES / "bindings.cpp", EMULATOR / "build_info.cpp"]
+    objects = [folder / f"{source.parent.name}_{source.stem}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda pair: _compile(pair[1], *options, str(pair[0])), zip(sources, objects, strict=True)))
+    return _compile(folder / "_C.so", "-shared", *map(str, objects))
 
 
 def run(program: Path, *arguments: object, given: bytes) -> bytes:
