@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from convnext_kernels import build
+from convnext_kernels.ops.common.layouts import to_channels_last
 
 
 def library() -> Any:
@@ -16,6 +18,7 @@ def library() -> Any:
     return build.compiled_library()
 
 
+@cache
 def element_type(dtype: torch.dtype) -> Any:
     """A dtype as the library names it."""
     return getattr(library().ElementType, str(dtype).removeprefix("torch."))
@@ -24,6 +27,17 @@ def element_type(dtype: torch.dtype) -> Any:
 def address(tensor: Tensor | None) -> int:
     """Of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def images(input: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H, W, C], in its own memory where channels lie side by side there, else copied."""
+    rows = input.permute(0, 2, 3, 1)
+    return rows if rows.stride(3) == 1 or rows.shape[3] == 1 else to_channels_last(input)
+
+
+def image_strides(rows: Tensor) -> tuple[int, ...]:
+    """Of image, row and pixel of [N, H, W, C]; 0 where there is but one, whose stride in PyTorch can be anything."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(rows.shape[:3], rows.stride()[:3], strict=True))
 
 
 def same_dtype(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -53,3 +67,13 @@ def launch(function: str, device: torch.device, **arguments: Any) -> None:
     current, stream = _device_and_stream(device)
     with current:
         getattr(library(), function)(**arguments, stream=stream)
+
+
+def partial_sums(partials: Tensor) -> Tensor:
+    """Sums [splits, elements] in float32 over the splits, in an order that their number alone fixes."""
+    count, elements = partials.shape
+    sums = partials.new_empty(elements)
+    launch(
+        "partial_sums", partials.device, partials=address(partials), count=count, elements=elements, sums=address(sums)
+    )
+    return sums
