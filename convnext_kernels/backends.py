@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -30,17 +30,18 @@ _explaining: ContextVar[bool] = ContextVar("convnext_kernels_explaining", defaul
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a call takes (None: the one asked for cannot run) and what speaks against each of them."""
+    """Which backend a call takes (None: the one asked for cannot run), what speaks against each, what slows it down."""
 
     operator: str
     requested: str
     backend: str | None
     reasons: Mapping[str, Sequence[str]]
+    notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.backend or 'cannot run'} (asked for: {self.requested})"]
         for backend, reasons in self.reasons.items():
-            lines.append(f"  {backend}: {'; '.join(reasons) if reasons else 'can run'}")
+            lines.append(f"  {backend}: {'; '.join(reasons or ['can run', *self.notes.get(backend, ())])}")
         return "\n".join(lines)
 
 
@@ -156,7 +157,13 @@ def _warn_slow_path(operator: str, reasons: str) -> None:
     warnings.warn(f"{operator} runs the plain PyTorch reference on a GPU: {reasons}", stacklevel=2)
 
 
-def choose(operator: str, requested: str, input: Tensor, limits: Mapping[str, Sequence[str]]) -> str:
+def choose(
+    operator: str,
+    requested: str,
+    input: Tensor,
+    limits: Mapping[str, Sequence[str]],
+    notes: Callable[[], Mapping[str, Sequence[str]]],
+) -> str:
     """The backend that runs this call: the one asked for, or for "auto" the first with nothing against it.
 
     Args:
@@ -164,6 +171,7 @@ def choose(operator: str, requested: str, input: Tensor, limits: Mapping[str, Se
         requested: "auto" or a backend's name.
         input: the tensor whose device and dtype decide.
         limits: for each backend that the operator has, what in this call speaks against it.
+        notes: tells for each backend what makes it take a slow path; called for an explanation alone.
 
     Raises:
         BackendError: the backend asked for by name cannot run the call.
@@ -179,7 +187,7 @@ def choose(operator: str, requested: str, input: Tensor, limits: Mapping[str, Se
         if chosen is None and not reasons[backend] and requested in ("auto", backend):
             chosen = backend
     if _explaining.get():
-        raise ExplanationReached(Explanation(operator, requested, chosen, reasons))
+        raise ExplanationReached(Explanation(operator, requested, chosen, reasons, notes()))
     if chosen is None:
         raise BackendError(f"{operator}: backend {requested!r} cannot run: {'; '.join(reasons[requested])}")
     if chosen == "reference" and requested == "auto" and input.is_cuda:

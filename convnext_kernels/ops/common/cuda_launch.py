@@ -48,7 +48,7 @@ def same_dtype(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def parameter_type(default: torch.dtype, *parameters: Tensor | None) -> Any:
-    """The library's name for the dtype of parameters that `same_dtype` returned; of the activations if there are none."""
+    """The library's name for the dtype of what `same_dtype` returned; the activations' where that is all None."""
     return element_type(next((parameter.dtype for parameter in parameters if parameter is not None), default))
 
 

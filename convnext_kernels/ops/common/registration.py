@@ -18,7 +18,12 @@ LIBRARY = torch.library.Library("convnext_kernels", "DEF")
 
 MODULES = {"reference": "reference", "triton": "triton_kernel", "cuda": "cuda_kernel"}
 
-Limits = Callable[..., Mapping[str, Sequence[str]]]
+ForBackends = Callable[..., Mapping[str, Sequence[str]]]
+"""From a call's arguments, something about backends."""
+
+
+def _nothing_to_note(*_: Any) -> Mapping[str, Sequence[str]]:
+    return {}
 
 
 @cache
@@ -33,7 +38,14 @@ def _dense_vector(argument: Any) -> Any:
 
 
 def define(
-    folder: str, name: str, function: str, schema: str, *, fake: Callable[..., Any], limits: Limits
+    folder: str,
+    name: str,
+    function: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    limits: ForBackends,
+    notes: ForBackends = _nothing_to_note,
 ) -> torch._ops.OpOverload:
     """Registers `convnext_kernels::NAME`, run by `function` in the module of the backend chosen for each call.
 
@@ -45,12 +57,13 @@ def define(
             `str backend`.
         fake: the results' shapes, dtypes, strides and devices, from the same arguments.
         limits: what in the call's arguments speaks against each backend that the operator has.
+        notes: what in the call's arguments makes a backend take a slow path; only `explain` asks.
     """
 
     def implementation(*arguments: Any) -> Any:
         *arguments_but_backend, backend = map(_dense_vector, arguments)
         input: Tensor = arguments[0]
-        chosen = choose(name, backend, input, limits(*arguments_but_backend))
+        chosen = choose(name, backend, input, limits(*arguments_but_backend), lambda: notes(*arguments_but_backend))
         run = getattr(_backend_module(folder, chosen), function)
         if torch.is_autocast_enabled(input.device.type):
             with torch.autocast(input.device.type, enabled=False):

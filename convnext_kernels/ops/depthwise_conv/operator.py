@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from convnext_kernels.ops.common.cuda_launch import image_strides
 from convnext_kernels.ops.common.layouts import empty_like, nothing, statistics_dtype
 from convnext_kernels.ops.common.registration import (
     below_autograd,
@@ -21,13 +23,38 @@ MAXIMUM_TRITON_SIZE = 11
 """The largest filter that the Triton kernels, which unroll a filter column, are compiled and tested for."""
 
 
-def filter_limits(weight: Tensor) -> dict[str, list[str]]:
-    """What a depthwise filter has against each backend."""
-    size = weight.shape[-1]
-    too_large = (
-        f"the filter is {size}x{size}; the Triton kernel takes up to {MAXIMUM_TRITON_SIZE}x{MAXIMUM_TRITON_SIZE}"
-    )
-    return {"triton": [too_large] if size > MAXIMUM_TRITON_SIZE else [], "reference": []}
+CUDA_SIZES = (3, 5, 7)
+"""The filters that the CUDA kernels are written for."""
+
+
+@cache
+def filter_limits(size: int, dilation: int) -> dict[str, list[str]]:
+    """What a depthwise filter of this size and dilation has against each backend."""
+    cuda, triton = [], []
+    if size not in CUDA_SIZES:
+        cuda.append(f"the filter is {size}x{size}; the CUDA kernels take 3x3, 5x5 and 7x7")
+    if dilation != 1:
+        cuda.append(f"the dilation is {dilation}; the CUDA kernels take 1")
+    if size > MAXIMUM_TRITON_SIZE:
+        largest = f"{MAXIMUM_TRITON_SIZE}x{MAXIMUM_TRITON_SIZE}"
+        triton.append(f"the filter is {size}x{size}; the Triton kernel takes up to {largest}")
+    return {"cuda": cuda, "triton": triton, "reference": []}
+
+
+def filter_notes(input: Tensor) -> dict[str, list[str]]:
+    """Why the CUDA kernels compute on CUDA cores: tensor cores take 16-bit values, two channels in one aligned word."""
+    channels, strides = input.shape[1], image_strides(input.permute(0, 2, 3, 1))
+    copied = input.stride(1) != 1
+    why = ""
+    if input.dtype == torch.float32:
+        why = "float32"
+    elif channels % 2:
+        why = f"an odd number of channels, {channels}"
+    elif not copied and any(stride % 2 for stride in strides):
+        why = f"odd strides of image, row or pixel, {strides}"
+    elif not copied and input.data_ptr() % 4:
+        why = "memory that is not aligned to 4 bytes"
+    return {"cuda": [f"on CUDA cores, not tensor cores: {why}"] if why else []}
 
 
 def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, backend: str) -> Tensor:
@@ -50,7 +77,8 @@ FORWARD = define(
     "forward",
     "(Tensor input, Tensor weight, Tensor? bias, int dilation, str backend) -> Tensor",
     fake=_fake_forward,
-    limits=lambda input, weight, *_: filter_limits(weight),
+    limits=lambda input, weight, bias, dilation: filter_limits(weight.shape[-1], dilation),
+    notes=lambda input, *_: filter_notes(input),
 )
 
 BACKWARD = define(
@@ -60,7 +88,7 @@ BACKWARD = define(
     "(Tensor grad_output, Tensor input, Tensor weight, int dilation, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    limits=lambda grad_output, input, weight, *_: filter_limits(weight),
+    limits=lambda grad_output, input, weight, dilation, *_: filter_limits(weight.shape[-1], dilation),
 )
 
 

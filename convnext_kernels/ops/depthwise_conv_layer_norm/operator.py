@@ -16,12 +16,12 @@ from convnext_kernels.ops.common.registration import (
     gradient_of_output,
     requested_gradients,
 )
-from convnext_kernels.ops.depthwise_conv.operator import filter_limits
+from convnext_kernels.ops.depthwise_conv.operator import filter_limits, filter_notes
 from convnext_kernels.ops.layer_norm.operator import channel_limits
 
 
-def _limits(input: Tensor, weight: Tensor) -> dict[str, list[str]]:
-    by_filter, by_channels = filter_limits(weight), channel_limits(input)
+def _limits(input: Tensor, weight: Tensor, dilation: int) -> dict[str, list[str]]:
+    by_filter, by_channels = filter_limits(weight.shape[-1], dilation), channel_limits(input)
     return {backend: by_filter[backend] + by_channels[backend] for backend in by_filter}
 
 
@@ -69,7 +69,8 @@ FORWARD = define(
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, int dilation, float eps,"
     " bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    limits=lambda input, weight, *_: _limits(input, weight),
+    limits=lambda input, weight, bias, norm_weight, norm_bias, dilation, *_: _limits(input, weight, dilation),
+    notes=lambda input, *_: filter_notes(input),
 )
 
 BACKWARD = define(
@@ -79,7 +80,9 @@ BACKWARD = define(
     "(Tensor grad_output, Tensor input, Tensor weight, Tensor? norm_weight, Tensor convolved, Tensor mean, Tensor rstd,"
     " int dilation, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    limits=lambda grad_output, input, weight, *_: _limits(input, weight),
+    limits=lambda grad_output, input, weight, norm_weight, convolved, mean, rstd, dilation, *_: _limits(
+        input, weight, dilation
+    ),
 )
 
 

@@ -1,45 +1,8 @@
 """The definition of depthwise convolution + LayerNorm and its gradients: one reference after the other."""
 
-from __future__ import annotations
-
-from torch import Tensor
-
-from convnext_kernels.ops.common.layouts import nothing
 from convnext_kernels.ops.depthwise_conv import reference as depthwise_conv
+from convnext_kernels.ops.depthwise_conv_layer_norm.two_steps import TwoSteps
 from convnext_kernels.ops.layer_norm import reference as layer_norm
 
-
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    dilation: int,
-    eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, and where `save` asks for them the convolution, mean and rstd; see `depthwise_conv2d_layer_norm`."""
-    convolved = depthwise_conv.forward(input, weight, bias, dilation)
-    output, mean, rstd = layer_norm.forward(convolved, norm_weight, norm_bias, eps, save)
-    return output, convolved if save else nothing(input), mean, rstd
-
-
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    convolved: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dilation: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, bias, norm_weight and norm_bias, the parameters' in float32."""
-    wanted_norm = [any(wanted[:3]), *wanted[3:]]
-    grad_convolved, grad_norm_weight, grad_norm_bias = layer_norm.backward(
-        grad_output, convolved, norm_weight, mean, rstd, wanted_norm
-    )
-    grads = depthwise_conv.backward(grad_convolved, input, weight, dilation, wanted[:3])
-    return (*grads, grad_norm_weight, grad_norm_bias)
+_two_steps = TwoSteps(depthwise_conv, layer_norm)
+forward, backward = _two_steps.forward, _two_steps.backward

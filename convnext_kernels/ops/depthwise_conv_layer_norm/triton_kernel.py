@@ -19,8 +19,12 @@ from convnext_kernels.ops.depthwise_conv.triton_kernel import (
     tile_position,
 )
 from convnext_kernels.ops.depthwise_conv_layer_norm.configs import MAXIMUM_FUSED_CHANNELS, fused_config
+from convnext_kernels.ops.depthwise_conv_layer_norm.two_steps import TwoSteps
 from convnext_kernels.ops.layer_norm import triton_kernel as layer_norm
 from convnext_kernels.ops.layer_norm.triton_kernel import affine, normalize
+
+_two_steps = TwoSteps(depthwise_conv, layer_norm)
+backward = _two_steps.backward
 
 
 @triton.jit
@@ -153,26 +157,4 @@ def forward(
     """As the reference's `forward`: one kernel where whole pixels fit into registers, else two."""
     if input.shape[1] <= MAXIMUM_FUSED_CHANNELS:
         return _fused(input, weight, bias, norm_weight, norm_bias, dilation, eps, save)
-    convolved = depthwise_conv.forward(input, weight, bias, dilation)
-    output, mean, rstd = layer_norm.forward(convolved, norm_weight, norm_bias, eps, save)
-    return output, convolved if save else nothing(input), mean, rstd
-
-
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    convolved: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    dilation: int,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As the reference's `backward`."""
-    wanted_norm = [any(wanted[:3]), *wanted[3:]]
-    grad_convolved, grad_norm_weight, grad_norm_bias = layer_norm.backward(
-        grad_output, convolved, norm_weight, mean, rstd, wanted_norm
-    )
-    grads = depthwise_conv.backward(grad_convolved, input, weight, dilation, wanted[:3])
-    return (*grads, grad_norm_weight, grad_norm_bias)
+    return _two_steps.forward(input, weight, bias, norm_weight, norm_bias, dilation, eps, save)

@@ -24,7 +24,7 @@ MAXIMUM_TRITON_CHANNELS = 8192
 def channel_limits(input: Tensor) -> dict[str, list[str]]:
     """What the number of channels has against each backend."""
     too_many = f"{channels(input)} channels; the Triton kernel holds up to {MAXIMUM_TRITON_CHANNELS} in registers"
-    return {"triton": [too_many] if channels(input) > MAXIMUM_TRITON_CHANNELS else [], "reference": []}
+    return {"cuda": [], "triton": [too_many] if channels(input) > MAXIMUM_TRITON_CHANNELS else [], "reference": []}
 
 
 def _fake_forward(
