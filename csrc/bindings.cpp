@@ -64,8 +64,8 @@ std::pair<char const*, char const*> device_code(int device) {
 }
 
 void depthwise_conv_forward(Address input, Address weight, Address bias, Address residual, Address drop_path_factor,
-                            Address output, Strides const& input_strides, Strides const& residual_strides,
-                            Strides const& output_strides, ck::ElementType type, ck::ElementType parameter_type,
+                            Address output, Strides const& input_strides, Strides const& output_strides,
+                            ck::ElementType type, ck::ElementType parameter_type,
                             Shape const& shape, int kernel_size, bool flip_filter, Address stream) {
   ck::DepthwiseConvForwardParams params{};
   params.input = pointer(input);
@@ -75,7 +75,6 @@ void depthwise_conv_forward(Address input, Address weight, Address bias, Address
   params.drop_path_factor = pointer<float>(drop_path_factor);
   params.output = pointer(output);
   params.input_strides = image_strides(input_strides);
-  params.residual_strides = image_strides(residual_strides);
   params.output_strides = image_strides(output_strides);
   params.type = type;
   params.parameter_type = parameter_type;
@@ -221,8 +220,8 @@ PYBIND11_MODULE(_C, module) {
       .value("bfloat16", ck::ElementType::bfloat16);
 
   module.def("depthwise_conv_forward", &depthwise_conv_forward, py::kw_only(), "input"_a, "weight"_a, "bias"_a,
-             "residual"_a, "drop_path_factor"_a, "output"_a, "input_strides"_a, "residual_strides"_a,
-             "output_strides"_a, "type"_a, "parameter_type"_a, "shape"_a, "kernel_size"_a, "flip_filter"_a, "stream"_a);
+             "residual"_a, "drop_path_factor"_a, "output"_a, "input_strides"_a, "output_strides"_a,
+             "type"_a, "parameter_type"_a, "shape"_a, "kernel_size"_a, "flip_filter"_a, "stream"_a);
   module.def("in_one_pass", &in_one_pass, py::kw_only(), "input"_a, "input_strides"_a, "type"_a, "shape"_a,
              "kernel_size"_a);
   module.def("filter_gradient_splits", &filter_gradient_splits, py::kw_only(), "type"_a, "shape"_a, "kernel_size"_a);

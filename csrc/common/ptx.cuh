@@ -75,6 +75,19 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], std::uint32_t const 
   }
 }
 
+// a * b + c of both halves, each rounded once.
+template <typename T>
+__device__ __forceinline__ std::uint32_t multiply_add_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "T is __half or __nv_bfloat16");
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+  return result;
+}
+
 // Two floats rounded to T, nearest and ties to even, `low` in the lower half.
 template <typename T>
 __device__ __forceinline__ std::uint32_t pack(float low, float high) {
@@ -86,6 +99,18 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
+}
+
+// The floats of a packed pair, the lower half first.
+template <typename T>
+__device__ __forceinline__ float2 unpack(std::uint32_t packed) {
+  if constexpr (std::is_same_v<T, __half>) {
+    auto const bits = [](std::uint32_t half) { return __ushort_as_half(static_cast<unsigned short>(half)); };
+    return {__half2float(bits(packed & 0xffff)), __half2float(bits(packed >> 16))};
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>, "T is __half or __nv_bfloat16");
+    return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000)};
+  }
 }
 
 }  // namespace convnext_kernels

@@ -17,13 +17,12 @@ struct DepthwiseConvForwardParams {
   void const* input;     // [batch, height, width, channels]
   void const* weight;    // [channels, kernel_size, kernel_size], contiguous
   void const* bias;      // [channels], or null for none
-  void const* residual;  // [batch, height, width, channels], or null for none
+  void const* residual;  // as output, strides included, or null for none
   // [batch], or null: the convolution of an image whose factor is 0 is skipped and counts as 0, whatever the image holds.
   // Other factors change nothing.
   float const* drop_path_factor;
   void* output;  // [batch, height, width, channels]
   ImageStrides input_strides;
-  ImageStrides residual_strides;
   ImageStrides output_strides;
   ElementType type;            // of input, residual and output
   ElementType parameter_type;  // of weight and bias: the same, or float32

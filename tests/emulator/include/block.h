@@ -83,6 +83,7 @@ struct Block {
   Thread* current = nullptr;
   int epoch = 0;                 // block barriers passed
   std::vector<int> warp_epochs;  // warp barriers passed
+  bool vote = false;             // of __syncthreads_or
 
   ucontext_t scheduler{};
   void* scheduler_fake_stack = nullptr;

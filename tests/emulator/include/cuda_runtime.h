@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "block.h"
@@ -14,11 +15,17 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
 
+using std::isfinite;
+using std::isnan;
 using std::max;
 using std::min;
 
 struct alignas(8) uint2 {
   unsigned x, y;
+};
+
+struct alignas(8) float2 {
+  float x, y;
 };
 
 struct alignas(16) uint4 {
@@ -27,6 +34,17 @@ struct alignas(16) uint4 {
 
 inline void __syncthreads(char const* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::block.barrier({file, line});
+}
+
+// A barrier after which every thread knows whether the predicate holds for any.
+inline int __syncthreads_or(int predicate, char const* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::Block& block = emulator::block;
+  block.vote = block.vote || predicate;
+  block.barrier({file, line});
+  int const result = block.vote;
+  block.barrier({file, line});
+  block.vote = false;
+  return result;
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffff, char const* file = __builtin_FILE(), int line = __builtin_LINE()) {

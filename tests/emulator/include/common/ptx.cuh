@@ -148,6 +148,22 @@ void mma_m16n8k16(float (&d)[4], std::uint32_t const (&a)[4], std::uint32_t cons
 }
 
 template <typename T>
+std::uint32_t multiply_add_pairs(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+  std::uint32_t result = 0;
+  for (int i = 0; i < 2; ++i) {
+    using emulator::half_of;
+    double const value = double{half_of<T>(a, i)} * half_of<T>(b, i) + half_of<T>(c, i);  // exact but for far exponents
+    result |= emulator::rounded_bits<T>(static_cast<float>(value)) << 16 * i;
+  }
+  return result;
+}
+
+template <typename T>
+float2 unpack(std::uint32_t packed) {
+  return {emulator::half_of<T>(packed, 0), emulator::half_of<T>(packed, 1)};
+}
+
+template <typename T>
 std::uint32_t pack(float low, float high) {
   return emulator::rounded_bits<T>(low) | emulator::rounded_bits<T>(high) << 16;
 }
