@@ -137,6 +137,10 @@ def _cuda_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     reasons = list(build.missing_reasons())
     if device.type != "cuda":
         reasons.append(f"the tensors are on {device.type}")
+    elif not reasons:
+        code = build.device_code(torch.cuda.current_device() if device.index is None else device.index)
+        if not code.startswith(("machine code", "PTX")):
+            reasons.append(f"what the compiled library has for the GPU is {code}")
     if dtype == torch.float64:
         reasons.append("float64 has no CUDA kernels")
     return reasons

@@ -1,14 +1,33 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from emulator import emulated
+
+from convnext_kernels import parity
+
+EMULATED = emulated.LIBRARY in os.environ
+"""Whether this process was started by tests/emulator, to run the CUDA kernels there."""
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support", "contract")
+
+if EMULATED:
+    emulated.install()
+elif not torch.cuda.is_available():
+    collect_ignore = ["ops/test_cuda_library.py"]
+
+
+@pytest.fixture(autouse=EMULATED)
+def poisoned_memory() -> Iterator[None]:
+    """What a kernel is given to write holds NaN."""
+    with parity.poisoned_memory():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,11 +1,13 @@
 """What the tests share: random values, errors, calls with every gradient, and a record of the operators that ran."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from emulator import emulated
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +19,9 @@ ACTIVATIONS = ("input", "residual")
 """Arguments that lie in memory as images or tokens; all other tensors are parameters."""
 
 INTERPRETED = not torch.cuda.is_available()
+CUDA_KERNELS_RUN = emulated.LIBRARY in os.environ or not INTERPRETED
+"""On a GPU, or in a process that tests/emulator started."""
+BACKENDS = ("reference", "triton", "cuda") if CUDA_KERNELS_RUN else ("reference", "triton")
 
 
 def randomise(module: nn.Module, seed: int = 0) -> None:
@@ -139,34 +144,42 @@ def evaluate(
     return {"output": output.detach(), **{f"grad {n}": g for n, g in zip(leaves, gradients, strict=True)}}
 
 
-def assert_far_rows_are_right(
-    function: Callable[..., Tensor], channels: int, parameters: Mapping[str, tuple[int, ...]], tensors: int
+def assert_far_images_are_right(
+    function: Callable[..., Tensor], shape: tuple[int, ...], parameters: Mapping[str, tuple[int, ...]], tensors: int
 ) -> None:
-    """On a GPU: the last of more than 2^31 elements of float16 give what they give alone, forward and backward.
+    """On a GPU: of so many images that they have over 2^31 elements of float16, the last gives what it gives alone.
+
+    All others have gradients of zeros, so that those of the parameters are its own.
 
     Args:
+        shape: of one image [C, H, W] or of its tokens [L, C].
         tensors: how many tensors of that size are alive at once; the test is skipped where they do not fit.
     """
-    rows, last = 2**31 // channels + 4096, 2048
-    needed, free = 2 * tensors * rows * channels, torch.cuda.mem_get_info()[0]
+    batch = 2**31 // math.prod(shape) + 2
+    needed, free = 2 * tensors * batch * math.prod(shape), torch.cuda.mem_get_info()[0]
     if free < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory, there are {free / 2**30:.0f}")
     generator = torch.Generator("cuda").manual_seed(0)
-    draw = {n: torch.randn(s, device="cuda", generator=generator) / s[-1] ** 0.5 for n, s in parameters.items()}
-    input = torch.zeros(1, rows, channels, device="cuda", dtype=torch.float16)
-    input[:, -last:] = torch.randn(last, channels, device="cuda", generator=generator)
-    far, alone = input.requires_grad_(), input[:, -last:].detach().clone().requires_grad_()
-    outputs = [function(input=leaf, **draw) for leaf in (far, alone)]
-    grads = [torch.zeros_like(output) for output in outputs]
-    for grad in grads:
-        grad[:, -last:] = random_like(outputs[1])
-    gradients = [
-        torch.autograd.grad(output, leaf, grad)[0]
-        for output, leaf, grad in zip(outputs, (far, alone), grads, strict=True)
-    ]
-    assert outputs[1].any() and gradients[1].any()
-    assert torch.equal(outputs[0][:, -last:], outputs[1])
-    assert torch.equal(gradients[0][:, -last:], gradients[1])
+    draw = {
+        name: (torch.randn(size, device="cuda", generator=generator) / size[-1] ** 0.5).requires_grad_()
+        for name, size in parameters.items()
+    }
+    memory = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+    alone = torch.randn(1, *shape, device="cuda", generator=generator).half().to(memory_format=memory)
+    far = torch.empty(batch, *shape, device="cuda", dtype=torch.float16, memory_format=memory).zero_()
+    far[-1:] = alone
+    results = []
+    for input in (far, alone):
+        output = function(input=input.requires_grad_(), **draw)
+        grad = torch.zeros_like(output)
+        grad[-1:] = random_like(output[-1:])
+        grad_input, *grad_parameters = torch.autograd.grad(output, [input, *draw.values()], grad)
+        results.append(([output[-1:], grad_input[-1:]], grad_parameters))
+    (images, sums), (expected_images, expected_sums) = results
+    for result, expected in zip(images, expected_images, strict=True):
+        assert expected.any() and torch.equal(result, expected)
+    for result, expected in zip(sums, expected_sums, strict=True):
+        assert relative_error(result, expected) < 1e-4
 
 
 class OperatorCalls(TorchDispatchMode):

@@ -21,15 +21,17 @@ COMPILER_LIBRARIES = ("libasan.so", "libstdc++.so")
 
 
 def environment(library: Path, compiler: str) -> dict[str, str]:
-    """Of a process that is to use the library."""
-    paths = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in COMPILER_LIBRARIES
-    ]
+    """Of a process that is to use the library. It sees no GPU, whose memory the emulator could not read."""
+
+    def path(name: str) -> str:
+        command = [compiler, f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     return {
         **os.environ,
         LIBRARY: str(library),
-        "LD_PRELOAD": " ".join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+        "LD_PRELOAD": " ".join(map(path, COMPILER_LIBRARIES)),
         "ASAN_OPTIONS": "detect_leaks=0",  # looking for leaks needs to trace processes, and Python leaks by design
     }
 
@@ -44,7 +46,5 @@ def install() -> None:
     loader.exec_module(sys.modules[name])
     build._load.cache_clear()
     backends.machine_reasons.cache_clear()
-    backends._cuda_reasons = lambda device, dtype: (
-        ["float64 has no CUDA kernels"] if dtype == torch.float64 else []
-    )
+    backends._cuda_reasons = lambda _, dtype: ["float64 has no CUDA kernels"] if dtype == torch.float64 else []
     cuda_launch._device_and_stream = lambda device: (nullcontext(), 0)

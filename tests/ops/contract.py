@@ -8,7 +8,9 @@ import pytest
 import torch
 from support import (
     ACTIVATIONS,
+    BACKENDS,
     DTYPES,
+    INTERPRETED,
     OperatorCalls,
     arguments_of,
     assert_accurate,
@@ -29,7 +31,6 @@ from convnext_kernels import parity
 from convnext_kernels.functional import OPERATORS
 
 INTERPRETED_DTYPES = (torch.float32, torch.float16)
-SIZES = {"batch": 3, "channels": 5, "height": 4, "width": 6}
 
 BAD_INPUTS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "integers": (Tensor.int, TypeError, r"dtype torch.int32; accepted: float16, bfloat16, float32, float64"),
@@ -50,6 +51,11 @@ BAD_PARAMETERS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] 
     "integers": (Tensor.int, TypeError, r"dtype torch.int32; accepted: torch.float32 with an input of torch.float32"),
     "no tensor": (lambda t: t.tolist(), TypeError, r"list; accepted: a torch.Tensor"),
 }
+
+
+def name_of(value: Any) -> str:
+    """Of a case its own, of others as they are written."""
+    return getattr(value, "name", str(value))
 
 
 def strided(parameter: Tensor) -> Tensor:
@@ -76,54 +82,93 @@ class Contract:
     """The tests of one operator, collected by inheriting from this class."""
 
     operator: ClassVar[str]
+    channels: ClassVar[int] = 5
+    """Of the examples, in images of 3x4x6."""
+    more_cases: ClassVar[tuple[parity.Case, ...]] = ()
+    """What the CUDA kernels are checked on besides `parity.cases`; on a GPU all kernels."""
     cheap_float16: ClassVar[tuple[str, ...] | None] = None
     """The cases that Triton's interpreter runs in float16; None for all."""
     special_values: ClassVar[tuple[float, ...]] = (torch.nan, torch.inf)
     spreading: ClassVar[tuple[str, ...]] = ()
-    """Results that are NaN in PyTorch's own kernels, and so in the reference, where they need not be."""
+    """Results that may be NaN elsewhere in a channel that holds one: in PyTorch's own kernels and on tensor cores."""
 
     @staticmethod
     def examples(batch: int, channels: int, height: int, width: int) -> list[parity.Case]:
         """Small calls: the first with all optional arguments, the last with none."""
         raise NotImplementedError
 
+    def example_cases(self, **sizes: int) -> list[parity.Case]:
+        """The examples at sizes of which some may be given."""
+        return self.examples(**{"batch": 3, "channels": self.channels, "height": 4, "width": 6, **sizes})
+
     @property
     def function(self) -> Callable[..., Tensor]:
         return OPERATORS[self.operator]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        examples, small = self.examples(**SIZES), parity.cases(self.operator, small=True)
+        examples = self.example_cases()
+        calls, backends = self.calls(), [backend for backend in BACKENDS if self.takes(backend, examples[0])]
         values: dict[str, list[Any]] = {
             "example": examples,
-            "small_case": small,
-            "any_case": parity.cases(self.operator, small=False),
-            "interpreted": [
-                pytest.param((case, dtype), id=f"{case.name}-{dtype}")
-                for dtype in INTERPRETED_DTYPES
-                for case in small
-                if dtype == torch.float32 or self.cheap_float16 is None or case.name in self.cheap_float16
-            ],
+            "small_case": parity.cases(self.operator, small=True),
+            "any_case": [*parity.cases(self.operator, small=False), *self.more_cases],
+            "kernel_call": [pytest.param(call, id="-".join(map(name_of, call))) for call in self.parity_calls()],
             "parameter": [name for name in examples[0].shapes if name not in ACTIVATIONS],
             "value": self.special_values,
             "layout": parity.LAYOUTS,
-            "backend": ("reference", "triton"),
+            "backend": backends,
+            "kernels": ("triton", "cuda") if metafunc.definition.get_closest_marker("gpu") else backends[1:],
             "dtype": DTYPES,
         }
-        if {"example", "backend"} <= set(metafunc.fixturenames):
-            # The interpreter is slow: with all optional arguments and with none has to do.
-            pairs = [*(("reference", e) for e in examples), ("triton", examples[0]), ("triton", examples[-1])]
-            metafunc.parametrize(("backend", "example"), pairs, ids=lambda value: getattr(value, "name", value))
-            del values["backend"], values["example"]
+        joint = [name for name in ("backend", "example", "dtype") if name in metafunc.fixturenames]
+        if {"backend", "example"} <= set(joint):
+            # Without a dtype of its own a test is for one dtype.
+            calls = [call[: len(joint)] for call in calls if "dtype" in joint or call[2] == torch.float32]
+            metafunc.parametrize(joint, calls, ids=name_of)
+            values = {name: value for name, value in values.items() if name not in joint}
         for name in [name for name in metafunc.fixturenames if name in values]:
-            metafunc.parametrize(name, values[name], ids=lambda value: getattr(value, "name", str(value)))
+            metafunc.parametrize(name, values[name], ids=name_of)
+
+    def takes(self, backend: str, case: parity.Case) -> bool:
+        """Whether a backend runs a case in float32; the reference and Triton at least in the examples."""
+        device = "cpu" if INTERPRETED else "cuda"
+        return backend != "cuda" or not parity.unsupported(case, torch.float32, device, backend)
+
+    def calls(self) -> list[tuple[str, parity.Case, torch.dtype]]:
+        """Backends, examples and dtypes of what kernels must keep besides accuracy."""
+        examples = self.example_cases()
+        return [
+            *(("reference", example, torch.float32) for example in examples),
+            # The interpreter is slow: with all optional arguments and with none has to do.
+            *(("triton", example, torch.float32) for example in (examples[0], examples[-1])),
+            # CUDA kernels have code of their own for 16-bit types.
+            *(
+                ("cuda", example, dtype)
+                for dtype in (torch.float32, torch.bfloat16)
+                for example in examples
+                if "cuda" in BACKENDS and self.takes("cuda", example)
+            ),
+        ]
+
+    def parity_calls(self) -> list[tuple[str, parity.Case, torch.dtype]]:
+        """Backends, cases and dtypes of what kernels are held to where there is no GPU."""
+        small = parity.cases(self.operator, small=True)
+        triton = [
+            ("triton", case, dtype)
+            for dtype in INTERPRETED_DTYPES
+            for case in small
+            if dtype == torch.float32 or self.cheap_float16 is None or case.name in self.cheap_float16
+        ]
+        cuda = [case for case in (*small, *self.more_cases) if "cuda" in BACKENDS and self.takes("cuda", case)]
+        return [*triton, *(("cuda", case, dtype) for dtype in DTYPES for case in cuda)]
 
     def full(self, **sizes: int) -> parity.Case:
         """The example with all optional arguments."""
-        return self.examples(**{**SIZES, **sizes})[0]
+        return self.example_cases(**sizes)[0]
 
     def resized(self, example: parity.Case, **sizes: int) -> parity.Case:
         """An example at other sizes."""
-        return next(case for case in self.examples(**{**SIZES, **sizes}) if case.name == example.name)
+        return next(case for case in self.example_cases(**sizes) if case.name == example.name)
 
     def on(self, backend: str, **options: Any) -> Callable[..., Tensor]:
         return partial(self.function, backend=backend, **options)
@@ -150,12 +195,11 @@ class Contract:
     def test_reference_parity(self, small_case, dtype):
         assert_parity(small_case, dtype, "cpu", "reference")
 
-    def test_triton_parity(self, interpreted):
-        case, dtype = interpreted
-        assert_parity(case, dtype, device_of("triton"), "triton")
+    def test_kernel_parity(self, kernel_call):
+        backend, case, dtype = kernel_call
+        assert_parity(case, dtype, device_of(backend), backend)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("kernels", ["triton", "cuda"])
     def test_gpu_parity(self, any_case, dtype, kernels):
         reasons = parity.unsupported(any_case, dtype, "cuda", kernels)
         if reasons:
@@ -187,8 +231,8 @@ class Contract:
 
     # Layouts
 
-    def test_layouts_give_the_same_bits_in_channels_last_memory(self, example, layout, backend):
-        given = arguments_of(example, layout=layout, device=device_of(backend))
+    def test_layouts_give_the_same_bits_in_channels_last_memory(self, example, layout, backend, dtype):
+        given = arguments_of(example, dtype, layout=layout, device=device_of(backend))
         dense = {
             name: value.detach().clone(memory_format=torch.contiguous_format).requires_grad_(value.requires_grad)
             if isinstance(value, Tensor)
@@ -203,8 +247,8 @@ class Contract:
             memory = torch.channels_last if got[name].dim() == 4 else torch.contiguous_format
             assert got[name].is_contiguous(memory_format=memory), name
 
-    def test_parameters_of_any_strides(self, example, backend):
-        dense = arguments_of(example, device=device_of(backend))
+    def test_parameters_of_any_strides(self, example, backend, dtype):
+        dense = arguments_of(example, dtype, device=device_of(backend))
         given = {
             name: strided(value.detach()).requires_grad_(value.requires_grad)
             if isinstance(value, Tensor) and name not in ACTIVATIONS
@@ -216,16 +260,16 @@ class Contract:
 
     # Special values
 
-    def test_empty_batch(self, example, backend):
-        arguments = arguments_of(self.resized(example, batch=0), device=device_of(backend))
+    def test_empty_batch(self, example, backend, dtype):
+        arguments = arguments_of(self.resized(example, batch=0), dtype, device=device_of(backend))
         results, full = evaluate(self.on(backend), arguments), self.definition(**arguments_of(example))
         assert results["output"].shape == (0, *full.shape[1:])
         for name, leaf in leaves_of(arguments).items():
             assert torch.equal(results[f"grad {name}"], torch.zeros_like(leaf)), name
 
     @pytest.mark.parametrize("place", ["input", "grad_output"])
-    def test_nan_and_inf_reach_what_depends_on_them_and_nothing_else(self, example, backend, place, value):
-        arguments = without_gradients(arguments_of(example, device=device_of(backend)))
+    def test_nan_and_inf_reach_what_depends_on_them_and_nothing_else(self, example, backend, dtype, place, value):
+        arguments = without_gradients(arguments_of(example, dtype, device=device_of(backend)))
         grad = random_like(self.definition(**arguments))
 
         def results(function, change, dtype):
@@ -238,18 +282,20 @@ class Contract:
                     values[name] = (changed["input"] if name == "input" else tensor).requires_grad_()
             return evaluate(function, values, changed["grad_output"])
 
-        ours = results(self.on(backend), value, torch.float32)
+        ours = results(self.on(backend), value, dtype)
         before, after = (results(self.definition, change, torch.float64) for change in (1.0, -2.0))
         for name, result in ours.items():
             touched, depends = ~result.isfinite(), (before[name] - after[name]).abs() > 1e-9
-            if backend == "reference" and name in self.spreading:
+            if name in self.spreading and (backend == "reference" or dtype != torch.float32):
+                channels = depends.flatten(1).any(1).view(-1, *[1] * (depends.dim() - 1))
+                assert not (touched & ~channels).any(), name
                 touched = touched & depends
             assert torch.equal(touched, depends), name
 
     # Autograd
 
-    def test_two_runs_give_the_same_bits(self, example, backend):
-        arguments = arguments_of(example, device=device_of(backend))
+    def test_two_runs_give_the_same_bits(self, example, backend, dtype):
+        arguments = arguments_of(example, dtype, device=device_of(backend))
         assert_same(*(evaluate(self.on(backend), arguments) for _ in range(2)))
 
     def test_frozen_arguments_change_no_other_gradient(self, backend):
@@ -298,8 +344,9 @@ class Contract:
     def test_opcheck_sizes(self, sizes):
         self.opcheck(arguments_of(self.full(**sizes), layout="contiguous"), "reference")
 
-    def test_opcheck_triton(self):
-        self.opcheck(arguments_of(self.examples(**SIZES)[-1], device=device_of("triton")), "triton")
+    def test_opcheck_kernels(self, kernels):
+        case = [case for case in self.example_cases() if self.takes(kernels, case)][-1]
+        self.opcheck(arguments_of(case, device=device_of(kernels)), kernels)
 
     def test_opcheck_16_bit(self):
         self.opcheck(arguments_of(self.full(), torch.bfloat16, parameters=torch.float32), "reference")
@@ -348,8 +395,9 @@ class Contract:
         self.assert_refused(lambda a: {"input": change(a["input"])}, exception, f"input: got {message}")
 
     def test_channels_that_do_not_fit(self):
-        wide = arguments_of(self.full(channels=6))["input"]
-        self.assert_refused(lambda _: {"input": wide}, ValueError, r"\w+: got shape \[.*5.*\]; accepted: .*\b6\b")
+        wide = arguments_of(self.full(channels=self.channels + 1))["input"]
+        message = rf"\w+: got shape \[.*{self.channels}.*\]; accepted: .*\b{self.channels + 1}\b"
+        self.assert_refused(lambda _: {"input": wide}, ValueError, message)
 
     @pytest.mark.parametrize("kind", BAD_PARAMETERS)
     def test_bad_parameter(self, parameter, kind):
@@ -373,47 +421,59 @@ class Contract:
     # What only a GPU has
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("kernels", ["triton", "cuda"])
     def test_side_stream(self, kernels):
         arguments, function = self.gpu_call(kernels)
-        expected = function(**arguments)
-        late, stream = {**arguments, "input": torch.zeros_like(arguments["input"])}, torch.cuda.Stream()
+        expected, grad = evaluate(function, arguments), self.gradient(arguments)
+        late, stream = self.blank(arguments), torch.cuda.Stream()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(100_000_000)
-            late["input"].copy_(arguments["input"])
-            output = function(**late)
+            late["input"].detach().copy_(arguments["input"])
+            results = evaluate(function, late, grad)
         stream.synchronize()
-        assert torch.equal(output, expected)
+        assert_same(results, expected)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("kernels", ["triton", "cuda"])
     def test_second_device(self, kernels):
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two CUDA devices")
         arguments, function = self.gpu_call(kernels)
-        moved = {n: v.to("cuda:1") if isinstance(v, Tensor) else v for n, v in arguments.items()}
-        moved = {n: v.requires_grad_(n != "drop_path_factor") if isinstance(v, Tensor) else v for n, v in moved.items()}
-        results = evaluate(function, moved)
+        moved = {
+            name: value.detach().to("cuda:1").requires_grad_(value.requires_grad)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in arguments.items()
+        }
+        results, expected = evaluate(function, moved), evaluate(function, arguments)
         assert {result.device for result in results.values()} == {torch.device("cuda:1")}
-        assert torch.equal(results["output"].to("cuda:0"), function(**arguments))
+        assert_same({name: result.to("cuda:0") for name, result in results.items()}, expected)
 
     @pytest.mark.gpu
-    @pytest.mark.parametrize("kernels", ["triton", "cuda"])
     def test_cuda_graph(self, kernels):
+        """Forward and backward in one graph."""
         arguments, function = self.gpu_call(kernels)
-        expected = function(**arguments)
-        static, graph = {**arguments, "input": torch.zeros_like(arguments["input"])}, torch.cuda.CUDAGraph()
+        expected, grad = evaluate(function, arguments), self.gradient(arguments)
+        static, graph = self.blank(arguments), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = function(**static)
-        static["input"].copy_(arguments["input"])
+            results = evaluate(function, static, grad)
+        static["input"].detach().copy_(arguments["input"])
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(output, expected)
+        assert_same(results, expected)
 
     def gpu_call(self, kernels):
         """The example on the GPU, and the operator on a backend; skips the test if that cannot run."""
-        reasons = parity.unsupported(self.full(), torch.float16, "cuda", kernels)
+        case = self.full(channels=8)
+        reasons = parity.unsupported(case, torch.float16, "cuda", kernels)
         if reasons:
             pytest.skip("; ".join(reasons))
-        return without_gradients(arguments_of(self.full(), torch.float16, device="cuda")), self.on(kernels)
+        return arguments_of(case, torch.float16, device="cuda"), self.on(kernels)
+
+    def gradient(self, arguments):
+        """The gradient of the output that `evaluate` draws."""
+        with torch.no_grad():
+            return random_like(self.function(**arguments))
+
+    def blank(self, arguments):
+        """The arguments with an input of zeros."""
+        return {**arguments, "input": torch.zeros_like(arguments["input"]).requires_grad_()}

@@ -1,8 +1,9 @@
 """Depthwise convolution."""
 
+import pytest
 import torch
 from contract import Contract
-from support import arguments_of, device_of
+from support import arguments_of, assert_far_images_are_right, device_of
 
 from convnext_kernels.parity import Case
 
@@ -13,38 +14,61 @@ CHEAP_FLOAT16 = ("1x24x1x1", "3x3, no bias", "3x3, dilation 2", "5x5, contiguous
 def check_filter_errors(contract: Contract) -> None:
     """A filter that does not fit and a dilation that is none, for every operator that convolves."""
     weight = arguments_of(contract.full())["weight"].detach()
+    accepted = rf"accepted: \[{len(weight)}, 1, K, K\] with K odd"
     for bad in (weight[..., :2, :2], weight[..., :2], weight.transpose(0, 1), weight[:, 0]):
-        message = rf"weight: got shape \[{', '.join(map(str, bad.shape))}\]; accepted: \[5, 1, K, K\] with K odd"
+        message = rf"weight: got shape \[{', '.join(map(str, bad.shape))}\]; {accepted}"
         contract.assert_refused(lambda _, bad=bad: {"weight": bad}, ValueError, message)
     for bad in (0, -1, 1.5):
         message = f"dilation: got {bad}; accepted: an integer of at least 1"
         contract.assert_refused(lambda _, bad=bad: {"dilation": bad}, ValueError, message)
 
 
+def edge_cases(operator: str, norms: tuple[str, ...] = ()) -> tuple[Case, ...]:
+    """Odd channels; one row, one column, wider than a block's strip, higher than its rows, many images in a block."""
+    shapes = [(2, 1, 3, 5), (1, 2, 1, 9), (1, 5, 9, 1), (1, 8, 3, 70), (1, 8, 67, 2), (11, 24, 7, 7)]
+    names = ("bias", *norms)
+    return tuple(
+        Case(
+            operator,
+            "x".join(map(str, shape)),
+            {"input": shape, "weight": (shape[1], 1, 7, 7), **{name: shape[1:2] for name in names}},
+        )
+        for shape in shapes
+    )
+
+
 class TestDepthwiseConv(Contract):
     operator = "depthwise_conv2d"
+    channels = 6
     cheap_float16 = CHEAP_FLOAT16
-    spreading = ("grad weight",)  # PyTorch multiplies by the zeros of its padding
+    more_cases = edge_cases("depthwise_conv2d")
+    spreading = ("grad weight",)  # PyTorch and tensor cores multiply by the zeros around the image
 
     @staticmethod
     def examples(batch, channels, height, width):
         shapes = {"input": (batch, channels, height, width), "weight": (channels, 1, 3, 3)}
         return [
-            Case("depthwise_conv2d", "bias, dilation 2", {**shapes, "bias": (channels,)}, {"dilation": 2}),
-            Case("depthwise_conv2d", "3x3", shapes),
+            Case("depthwise_conv2d", "bias", {**shapes, "bias": (channels,)}),
+            Case("depthwise_conv2d", "no bias", shapes),
+            Case("depthwise_conv2d", "dilation 2", shapes, {"dilation": 2}),
         ]
 
     def test_bad_filter(self):
         check_filter_errors(self)
 
     def test_tokens_have_no_neighbours(self):
-        message = r"input: got 3 dimensions \[3, 5, 24\]; accepted: \[N, C, H, W\]"
+        message = r"input: got 3 dimensions \[3, 6, 24\]; accepted: \[N, C, H, W\]"
         self.assert_refused(lambda a: {"input": a["input"].flatten(2)}, ValueError, message)
 
     def test_a_single_tap_shifts_the_image(self, backend):
         image = arguments_of(self.full(), device=device_of(backend))["input"].detach()
-        weight = torch.zeros(5, 1, 7, 7, device=image.device)
+        weight = torch.zeros(image.shape[1], 1, 7, 7, device=image.device)
         weight[:, :, 1, 5] = 1
         output = self.on(backend)(image, weight)
         assert torch.equal(output[:, :, 2:, :-2], image[:, :, :-2, 2:])
         assert not output[:, :, :2].any() and not output[..., -2:].any()
+
+    @pytest.mark.gpu
+    def test_offsets_past_32_bits(self, kernels):
+        _, function = self.gpu_call(kernels)
+        assert_far_images_are_right(function, (64, 32, 48), {"weight": (64, 1, 7, 7), "bias": (64,)}, tensors=5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract import Contract
 from support import arguments_of, assert_parity, device_of, relative_error
-from test_depthwise_conv import CHEAP_FLOAT16, check_filter_errors
+from test_depthwise_conv import CHEAP_FLOAT16, check_filter_errors, edge_cases
 
 from convnext_kernels.functional import depthwise_conv2d, layer_norm
 from convnext_kernels.parity import Case
@@ -12,8 +12,10 @@ from convnext_kernels.parity import Case
 
 class TestDepthwiseConvLayerNorm(Contract):
     operator = "depthwise_conv2d_layer_norm"
+    channels = 6
     cheap_float16 = CHEAP_FLOAT16
-    spreading = ("grad weight",)  # PyTorch multiplies by the zeros of its padding
+    more_cases = edge_cases("depthwise_conv2d_layer_norm", ("norm_weight", "norm_bias"))
+    spreading = ("grad weight",)  # PyTorch and tensor cores multiply by the zeros around the image
 
     @staticmethod
     def examples(batch, channels, height, width):
@@ -21,8 +23,9 @@ class TestDepthwiseConvLayerNorm(Contract):
         affine = {name: (channels,) for name in ("bias", "norm_weight", "norm_bias")}
         absent = {"bias": None, "norm_weight": None, "norm_bias": None}
         return [
-            Case("depthwise_conv2d_layer_norm", "affine, dilation 2", {**shapes, **affine}, {"dilation": 2}),
-            Case("depthwise_conv2d_layer_norm", "3x3", shapes, absent),
+            Case("depthwise_conv2d_layer_norm", "affine", {**shapes, **affine}),
+            Case("depthwise_conv2d_layer_norm", "no affine", shapes, absent),
+            Case("depthwise_conv2d_layer_norm", "dilation 2", shapes, {**absent, "dilation": 2}),
         ]
 
     def test_bad_filter(self):
