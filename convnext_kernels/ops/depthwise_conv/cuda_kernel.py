@@ -32,7 +32,6 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *, flip_filter
         drop_path_factor=0,
         output=address(output),
         input_strides=image_strides(rows),
-        residual_strides=(0, 0, 0),
         output_strides=image_strides(output),
         type=element_type(rows.dtype),
         parameter_type=parameter_type(rows.dtype, *parameters),
