@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Work = Callable[[Tensor], object]
+Work = Callable[[Any], object]
 
 SAMPLE_MILLISECONDS = 50.0
 """A sample repeats short work for at least this long: a timer's and a scheduler's noise stays below a percent."""
@@ -43,26 +44,27 @@ class Timing:
         return median(theirs / ours for theirs, ours in zip(baseline.samples, self.samples, strict=True))
 
 
+def rotation(nbytes: int, device: torch.device) -> int:
+    """How many inputs of a size take turns, so that the others are over twice the GPU's L2 cache; on a CPU one."""
+    if device.type != "cuda":
+        return 1
+    return 1 + math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / nbytes)
+
+
 def rotating_inputs(inputs: Tensor) -> list[Tensor]:
-    """Copies of a batch, the images in another order, together over twice the GPU's L2 cache; on a CPU the batch."""
-    copies = 1
-    if inputs.is_cuda:
-        cache = torch.cuda.get_device_properties(inputs.device).L2_cache_size
-        copies += math.ceil(2 * cache / inputs.nbytes)
-    return [
-        inputs,
-        *(inputs.roll(shift, 0).contiguous(memory_format=torch.channels_last) for shift in range(1, copies)),
-    ]
+    """The batch and copies of it, the images in another order, as many as `rotation` says."""
+    copies = range(1, rotation(inputs.nbytes, inputs.device))
+    return [inputs, *(inputs.roll(shift, 0).contiguous(memory_format=torch.channels_last) for shift in copies)]
 
 
-def _sample_cpu(work: Work, inputs: Iterator[Tensor], calls: int) -> float:
+def _sample_cpu(work: Work, inputs: Iterator[Any], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         work(next(inputs))
     return (time.perf_counter() - start) * 1e3 / calls
 
 
-def _sample_cuda(work: Work, inputs: Iterator[Tensor], calls: int) -> float:
+def _sample_cuda(work: Work, inputs: Iterator[Any], calls: int) -> float:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -82,9 +84,16 @@ def measure(works: Mapping[str, Work], inputs: Tensor, rounds: int, advance: Cal
         rounds: how many samples of each contender.
         advance: called after each sample.
     """
-    kind = inputs.device.type
+    return measure_over(works, rotating_inputs(inputs), inputs.device, rounds, advance)
+
+
+def measure_over(
+    works: Mapping[str, Work], inputs: Sequence[Any], device: torch.device, rounds: int, advance: Callable[[], None]
+) -> dict[str, Timing]:
+    """As `measure`, with inputs that take turns."""
+    kind = device.type
     sample = _sample_cuda if kind == "cuda" else _sample_cpu
-    batches = cycle(rotating_inputs(inputs))
+    batches = cycle(inputs)
     calls = {}
     for name, work in works.items():
         sample(work, batches, WARM_UP_CALLS[kind])

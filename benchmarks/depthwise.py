@@ -1,0 +1,401 @@
+"""Times the depthwise convolution, its gradients and LayerNorm on a GPU, as fractions of the speed of a device copy.
+
+At every shape a copy of as many bytes, PyTorch (for convolutions cuDNN, channels-last) and our kernels take turns in
+the same run. What is timed is checked first, on two images, against float64. Each contender's calls run from a CUDA
+graph, over inputs and outputs that take turns so that the others exceed twice the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.kernel_work import SHAPES, Shape
+from convnext_kernels import parity
+from convnext_kernels.backends import BackendError
+from convnext_kernels.cli.bench import full_float32
+from convnext_kernels.cli.errors import CommandError, at_least, names, writable
+from convnext_kernels.cli.machine import device_name, provenance
+from convnext_kernels.cli.measure import Timing, Work, measure_over, rotation
+from convnext_kernels.cli.output import console, to_json, write_json
+
+COPY, PYTORCH = "copy", "PyTorch"
+OURS = ("cuda", "triton")
+BATCHES = (64, 256)
+ROUNDS, QUICK_ROUNDS = 30, 5
+KERNEL_SIZE, EPS = 7, 1e-6
+
+Tensors = Mapping[str, Tensor]
+Results = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is timed.
+
+    images: the arguments of an image's size.
+    moved: how often an image's bytes pass through memory: each such argument and result once.
+    ours: the results, by one of our backends.
+    theirs: the same in PyTorch, in any dtype.
+    of_copy: the target, as a fraction of the copy's speed, at a map of that height and width; None for none.
+    over_pytorch: the target, as a multiple of PyTorch's speed.
+    """
+
+    images: tuple[str, ...]
+    moved: int
+    ours: Callable[[Tensors, str], Results]
+    theirs: Callable[[Tensors], Results]
+    of_copy: Callable[[int], float | None] = lambda size: None
+    over_pytorch: float | None = None
+
+
+def _conv_gradients(tensors: Tensors, wanted: list[bool]) -> Results:
+    input, channels, padding = tensors["input"], tensors["input"].shape[1], KERNEL_SIZE // 2
+    geometry = ([channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels)
+    gradients = torch.ops.aten.convolution_backward(tensors["grad_output"], input, tensors["weight"], *geometry, wanted)
+    return [gradient for gradient, want in zip(gradients, wanted, strict=True) if want]
+
+
+def _our_conv_gradients(tensors: Tensors, wanted: list[bool], backend: str) -> Results:
+    arguments = (tensors["grad_output"], tensors["input"], tensors["weight"])
+    gradients = torch.ops.convnext_kernels.depthwise_conv2d_backward(*arguments, 1, wanted, backend)
+    return [gradient for gradient, want in zip(gradients, wanted, strict=True) if want]
+
+
+def _convolution(tensors: Tensors) -> Tensor:
+    input = tensors["input"]
+    return F.conv2d(input, tensors["weight"], tensors["bias"], padding=KERNEL_SIZE // 2, groups=input.shape[1])
+
+
+def _our_convolution(tensors: Tensors, backend: str) -> Results:
+    arguments = (tensors["input"], tensors["weight"], tensors["bias"])
+    return [torch.ops.convnext_kernels.depthwise_conv2d(*arguments, 1, backend)]
+
+
+def _rows(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1)
+
+
+def _convolution_layer_norm(tensors: Tensors) -> Results:
+    rows = _rows(_convolution(tensors))
+    rows = F.layer_norm(rows, rows.shape[-1:], tensors["norm_weight"], tensors["norm_bias"], EPS)
+    return [rows.permute(0, 3, 1, 2)]
+
+
+def _our_convolution_layer_norm(tensors: Tensors, backend: str) -> Results:
+    arguments = [tensors[name] for name in ("input", "weight", "bias", "norm_weight", "norm_bias")]
+    return [torch.ops.convnext_kernels.depthwise_conv2d_layer_norm(*arguments, 1, EPS, False, backend)[0]]
+
+
+def _norm_gradients(tensors: Tensors) -> Results:
+    rows, grads = _rows(tensors["input"]), _rows(tensors["grad_output"])
+    # On a CPU PyTorch takes statistics of the input's dtype alone.
+    dtype = torch.promote_types(rows.dtype, torch.float32) if rows.is_cuda else rows.dtype
+    statistics = [tensors[name].view(*rows.shape[:-1], 1).to(dtype) for name in ("mean", "rstd")]
+    affine = (tensors["norm_weight"], tensors["norm_bias"])
+    backward = torch.ops.aten.native_layer_norm_backward
+    grad_input, *parameters = backward(grads, rows, rows.shape[-1:], *statistics, *affine, [True] * 3)
+    return [grad_input.permute(0, 3, 1, 2), *parameters]
+
+
+def _our_norm_gradients(tensors: Tensors, backend: str) -> Results:
+    arguments = [tensors[name] for name in ("grad_output", "input", "norm_weight", "mean", "rstd")]
+    return torch.ops.convnext_kernels.layer_norm_backward(*arguments, [True] * 3, backend)
+
+
+def _by_size(large: float, small: float) -> Callable[[int], float]:
+    """A target for maps of 28 or more pixels and one for those below."""
+    return lambda size: large if size >= 28 else small
+
+
+INPUT, FILTER = [True, False, False], [False, True, True]
+
+OPERATIONS = {
+    "forward": Operation(
+        ("input",), 2, _our_convolution, lambda tensors: [_convolution(tensors)], _by_size(0.8, 0.6), 3
+    ),
+    "input_gradient": Operation(
+        ("input", "grad_output"),
+        2,
+        lambda tensors, backend: _our_conv_gradients(tensors, INPUT, backend),
+        lambda tensors: _conv_gradients(tensors, INPUT),
+        _by_size(0.8, 0.6),
+    ),
+    "filter_gradient": Operation(
+        ("input", "grad_output"),
+        2,
+        lambda tensors, backend: _our_conv_gradients(tensors, FILTER, backend),
+        lambda tensors: _conv_gradients(tensors, FILTER),
+        lambda size: 0.6,
+        4,
+    ),
+    "layer_norm_backward": Operation(("input", "grad_output"), 3, _our_norm_gradients, _norm_gradients),
+    "conv_layer_norm": Operation(
+        ("input",), 2, _our_convolution_layer_norm, _convolution_layer_norm, lambda size: 0.75
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape."""
+
+    operation: str
+    dtype: str
+    batch: int
+    shape: Shape
+
+    @property
+    def of(self) -> Operation:
+        return OPERATIONS[self.operation]
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.shape.channels * self.shape.size**2
+
+    @property
+    def bytes(self) -> int:
+        """Those that pass through memory if every image does so once; parameters and statistics are not counted."""
+        return self.of.moved * self.elements * parity.DTYPES[self.dtype].itemsize
+
+    def draw(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """Random arguments, and two buffers that a copy of as many bytes runs between."""
+        dtype, channels = parity.DTYPES[self.dtype], self.shape.channels
+        generator = torch.Generator(device).manual_seed(seed)
+        normal = partial(torch.randn, generator=generator, device=device)
+        size = (self.batch, channels, self.shape.size, self.shape.size)
+        tensors = {name: normal(size).to(dtype, memory_format=torch.channels_last) for name in self.of.images}
+        tensors["weight"] = (normal(channels, 1, KERNEL_SIZE, KERNEL_SIZE) / KERNEL_SIZE).to(dtype)
+        tensors["bias"], tensors["norm_bias"] = (normal(channels).to(dtype) for _ in range(2))
+        tensors["norm_weight"] = (1 + 0.1 * normal(channels)).to(dtype)
+        rows = _rows(tensors["input"]).float()
+        deviation, mean = torch.std_mean(rows, dim=-1, correction=0)
+        tensors["mean"], tensors["rstd"] = mean.flatten(), (deviation**2 + EPS).rsqrt().flatten()
+        tensors["source"] = normal(self.bytes // 8)
+        tensors["destination"] = torch.empty_like(tensors["source"])
+        return tensors
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one contender; `failure` says why there is no time. Targets are None where there is none."""
+
+    operation: str
+    dtype: str
+    batch: int
+    channels: int
+    size: int
+    contender: str
+    bytes: int
+    milliseconds: float | None = None
+    quartiles: tuple[float, float] | None = None
+    samples: list[float] | None = None
+    terabytes_per_second: float | None = None
+    of_copy: float | None = None
+    of_copy_target: float | None = None
+    over_pytorch: float | None = None
+    over_pytorch_target: float | None = None
+    failure: str | None = None
+
+
+def run(case: Case, contender: str, tensors: Tensors) -> Results:
+    """One call of a contender."""
+    if contender == COPY:
+        return [tensors["destination"].copy_(tensors["source"])]
+    return case.of.theirs(tensors) if contender == PYTORCH else case.of.ours(tensors, contender)
+
+
+def parity_failure(case: Case, contender: str, device: torch.device) -> str | None:
+    """Why one of our backends gets no time: it cannot run, or its error on two images is beyond `parity`'s limit."""
+    small = replace(case, batch=2)
+    tensors = small.draw(device, seed=1)
+    eps = torch.finfo(parity.DTYPES[case.dtype]).eps
+    exact = case.of.theirs({name: tensor.double() for name, tensor in tensors.items()})
+    try:
+        ours = run(small, contender, tensors)
+    except BackendError as error:
+        return f"not available: {error}"
+    for i, (our, their, truth) in enumerate(zip(ours, run(small, PYTORCH, tensors), exact, strict=True)):
+        measures = zip(parity.errors(our, truth), parity.errors(their, truth), parity.ROUNDING_UNITS, strict=True)
+        for our_error, their_error, units in measures:
+            limit = parity.FACTOR * their_error + units * eps / 2
+            if not our_error <= limit:  # a NaN is not
+                return f"parity failed: result {i} off by {our_error:.1e}, limit {limit:.1e}"
+    return None
+
+
+def _work(case: Case, contender: str, inputs: Sequence[Tensors], device: torch.device) -> Work:
+    """Calls a contender on every input; on a GPU from a CUDA graph, in which all the outputs are alive at once."""
+
+    def call_all(_: object) -> list[Results]:
+        return [run(case, contender, tensors) for tensors in inputs]
+
+    if device.type != "cuda":
+        return call_all
+    for _ in range(3):  # what compiles or chooses an algorithm does so before the capture
+        call_all(None)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call_all(None)
+    return lambda _: graph.replay()
+
+
+def _rows_of(case: Case, timings: Mapping[str, Timing], failures: Mapping[str, str]) -> Iterator[Row]:
+    for contender in (COPY, PYTORCH, *OURS):
+        empty = Row(
+            *(case.operation, case.dtype, case.batch, case.shape.channels, case.shape.size, contender, case.bytes),
+            failure=failures.get(contender),
+        )
+        if contender in failures:
+            yield empty
+            continue
+        timing, ours = timings[contender], contender in OURS
+        yield replace(
+            empty,
+            milliseconds=timing.median,
+            quartiles=timing.quartiles,
+            samples=timing.samples,
+            terabytes_per_second=case.bytes / timing.median / 1e9,
+            of_copy=timing.speedup_over(timings[COPY]),
+            of_copy_target=case.of.of_copy(case.shape.size) if ours else None,
+            over_pytorch=None if contender == COPY else timing.speedup_over(timings[PYTORCH]),
+            over_pytorch_target=case.of.over_pytorch if ours else None,
+        )
+
+
+def measure_case(case: Case, device: torch.device, rounds: int) -> list[Row]:
+    """Checks and then times all contenders of a case, in turn."""
+    failures = {name: reason for name in OURS if (reason := parity_failure(case, name, device)) is not None}
+    argument_bytes = len(case.of.images) * case.bytes // case.of.moved
+    inputs = [case.draw(device, seed) for seed in range(rotation(argument_bytes, device))]
+    contenders = [name for name in (COPY, PYTORCH, *OURS) if name not in failures]
+    works = {name: _work(case, name, inputs, device) for name in contenders}
+    timings = measure_over(works, [None], device, rounds, lambda: None)
+    per_call = {name: Timing([sample / len(inputs) for sample in timing.samples]) for name, timing in timings.items()}
+    return list(_rows_of(case, per_call, failures))
+
+
+def _against(value: float | None, target: float | None, unit: str = "") -> list[str]:
+    """A value and its target, green where that is met."""
+    if value is None:
+        return ["", ""]
+    if target is None:
+        return [f"{value:.2f}{unit}", ""]
+    return [f"[{'green' if value >= target else 'red'}]{value:.2f}{unit}[/]", f"{target:g}{unit}"]
+
+
+def _cells(row: Row) -> list[str]:
+    shape = f"{row.batch}x{row.channels}x{row.size}x{row.size}"
+    if row.milliseconds is None or row.quartiles is None:
+        return [shape, row.contender, "[red]none[/red]"]
+    lower, upper = row.quartiles
+    return [
+        shape,
+        row.contender,
+        f"{row.milliseconds:.4f}",
+        f"{lower:.4f} - {upper:.4f}",
+        f"{row.terabytes_per_second:.2f}",
+        *_against(row.of_copy, row.of_copy_target),
+        *_against(row.over_pytorch, row.over_pytorch_target, "x"),
+    ]
+
+
+def tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """One table for each operation and dtype, with the targets."""
+    for (operation, dtype), of_operation in groupby(rows, key=lambda row: (row.operation, row.dtype)):
+        table = Table(title=f"{operation}, {dtype}")
+        table.add_column("shape")
+        table.add_column("contender")
+        for column in ("ms", "quartiles, ms", "TB/s", "of copy", "target", "over PyTorch", "target"):
+            table.add_column(column, justify="right")
+        for row in of_operation:
+            table.add_row(*_cells(row), end_section=row.contender == OURS[-1])
+        yield table
+
+
+def driver() -> str | None:
+    """The release of NVIDIA's driver, or None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def find_gpu() -> torch.device:
+    """The current GPU."""
+    if not torch.cuda.is_available():
+        raise CommandError("needs an NVIDIA GPU that PyTorch can use; there is none")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def measure_all(
+    cases: Sequence[Case], device: torch.device, rounds: int, header: dict[str, Any], path: Path | None
+) -> list[Row]:
+    """Measures every case; after each the file holds what there is."""
+    rows: list[Row] = []
+    with Progress(console=console(stderr=True), transient=True) as progress, full_float32():
+        for case in progress.track(cases, description="measuring"):
+            rows += measure_case(case, device, rounds)
+            if path is not None:
+                path.write_text(to_json({**header, "results": [asdict(row) for row in rows]}) + "\n", encoding="utf-8")
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    description = (__doc__ or "").split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.depthwise", description=description)
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="images (64 256; quick: 64)")
+    parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"{', '.join(parity.DTYPES)} (bfloat16)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"{', '.join(OPERATIONS)} (all)")
+    parser.add_argument("--quick", action="store_true", help=f"one batch, {QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, the machine and the versions")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0; 1 where one of our backends is wrong; 2 where arguments or machine do not allow what was asked."""
+    options = _parser().parse_args(arguments)
+    try:
+        batches = [at_least("--batch", batch, 1) for batch in options.batch or BATCHES[: 1 if options.quick else None]]
+        dtypes = names("--dtype", options.dtype, parity.DTYPES, ["bfloat16"])
+        only = names("--only", options.only, OPERATIONS, tuple(OPERATIONS))
+        path, device = writable("--json", options.json), find_gpu()
+    except CommandError as error:
+        print(f"depthwise: {error}", file=sys.stderr)
+        return 2
+    cases = [Case(*case) for case in product(only, dtypes, batches, SHAPES)]
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    torch.backends.cudnn.benchmark = True  # PyTorch's best algorithm, not its first
+    header = {"device": device_name(device), "driver": driver(), "rounds": rounds, **provenance()}
+    rows = measure_all(cases, device, rounds, header, path)
+    if path is not None:
+        write_json(path, {**header, "results": [asdict(row) for row in rows]})
+    return report(rows)
+
+
+def report(rows: Sequence[Row]) -> int:
+    """Prints the tables and every failure once; returns the exit code."""
+    out = console()
+    out.print(*tables(rows))
+    for reason in dict.fromkeys(f"{row.operation}, {row.contender}: {row.failure}" for row in rows if row.failure):
+        out.print(reason, style="red", markup=False)
+    return 1 if any((row.failure or "").startswith("parity") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
