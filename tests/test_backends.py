@@ -8,7 +8,7 @@ import torch
 from support import INTERPRETED, device_of
 
 from convnext_kernels import backends, explain, use_backend
-from convnext_kernels.backends import BACKENDS, BackendError, requested_backend
+from convnext_kernels.backends import BACKENDS, BackendError, Explanation, requested_backend
 from convnext_kernels.functional import OPERATORS, depthwise_conv2d, layer_norm
 from convnext_kernels.ops.common import registration
 from convnext_kernels.ops.layer_norm import reference
@@ -146,6 +146,58 @@ def test_a_filter_too_large_for_triton(image):
     with pytest.raises(BackendError, match="the filter is 13x13"):
         depthwise_conv2d(image, weight, backend="triton")
     assert depthwise_conv2d(image, weight).shape == image.shape
+
+
+@pytest.mark.parametrize(
+    ("size", "dilation", "reasons"),
+    [
+        (3, 1, []),
+        (7, 1, []),
+        (9, 1, ["the filter is 9x9; the CUDA kernels take 3x3, 5x5 and 7x7"]),
+        (1, 1, ["the filter is 1x1; the CUDA kernels take 3x3, 5x5 and 7x7"]),
+        (5, 2, ["the dilation is 2; the CUDA kernels take 1"]),
+    ],
+)
+def test_filters_that_the_cuda_kernels_do_not_take(image, size, dilation, reasons):
+    weight = torch.randn(5, 1, size, size)
+    affine = {"bias": None, "norm_weight": None, "norm_bias": None}
+    for name, parameters in (("depthwise_conv2d", {}), ("depthwise_conv2d_layer_norm", affine)):
+        found = explain(name, image, weight, **parameters, dilation=dilation).reasons["cuda"]
+        assert [reason for reason in found if "the CUDA kernels take" in reason] == reasons
+
+
+def slow_path(input):
+    """Why the CUDA kernels leave the tensor cores."""
+    weight = torch.randn(input.shape[1], 1, 7, 7)
+    return explain(depthwise_conv2d, input, weight).notes["cuda"]
+
+
+def test_slow_paths_are_named():
+    image = torch.randn(2, 8, 4, 3).half().to(memory_format=torch.channels_last)
+    cores = "on CUDA cores, not tensor cores"
+    assert slow_path(image) == slow_path(image.bfloat16()) == slow_path(image.contiguous()) == []
+    assert slow_path(image.float()) == [f"{cores}: float32"]
+    assert slow_path(image[:, :5]) == [f"{cores}: an odd number of channels, 5"]
+    assert slow_path(image[:, 1:7]) == [f"{cores}: memory that is not aligned to 4 bytes"]
+    odd = torch.empty_strided(image.shape, (111, 1, 27, 9), dtype=torch.float16)
+    assert slow_path(odd) == [f"{cores}: odd strides of image, row or pixel, (111, 27, 9)"]
+
+
+def test_a_slow_path_is_shown_where_the_backend_can_run():
+    reasons, notes = {"cuda": [], "triton": ["no"], "reference": []}, {"cuda": ["slowly"], "triton": ["slowly"]}
+    shown = str(Explanation("layer_norm", "auto", "cuda", reasons, notes)).splitlines()
+    assert shown[1:] == ["  cuda: can run; slowly", "  triton: no", "  reference: can run"]
+
+
+@pytest.mark.parametrize(
+    ("code", "runs"),
+    [("machine code", True), ("PTX", True), ("none: no kernel image", False), ("unavailable: x", False)],
+)
+def test_the_library_must_have_code_for_the_gpu(monkeypatch, code, runs):
+    monkeypatch.setattr(backends.build, "missing_reasons", lambda: [])
+    monkeypatch.setattr(backends.build, "device_code", lambda device: code if device == 3 else "none")
+    reasons = backends._cuda_reasons(torch.device("cuda", 3), torch.float16)
+    assert reasons == ([] if runs else [f"what the compiled library has for the GPU is {code}"])
 
 
 def test_more_channels_than_triton_holds():
