@@ -101,6 +101,20 @@ __device__ __forceinline__ std::uint32_t pack(float low, float high) {
   return packed;
 }
 
+// Two elements, or floats to be rounded, as a pair of T.
+template <typename T, typename From>
+__device__ __forceinline__ std::uint32_t pack_as(From low, From high) {
+  if constexpr (std::is_same_v<From, float>) {
+    return pack<T>(low, high);
+  } else {
+    static_assert(std::is_same_v<From, T>, "From is float or T");
+    std::uint16_t bits[2];
+    memcpy(bits, &low, sizeof low);
+    memcpy(bits + 1, &high, sizeof high);
+    return bits[0] | static_cast<std::uint32_t>(bits[1]) << 16;
+  }
+}
+
 // The floats of a packed pair, the lower half first.
 template <typename T>
 __device__ __forceinline__ float2 unpack(std::uint32_t packed) {

@@ -4,7 +4,7 @@
 #include "common/integers.h"
 #include "common/launch.cuh"
 #include "depthwise_conv/paths.h"
-#include "depthwise_conv/taps.cuh"
+#include "depthwise_conv/window.cuh"
 
 namespace convnext_kernels {
 namespace {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Traits::threads, Traits::blocks)
     return;
   }
   Place const place = Place::of<Traits>(params, tiling, item);
-  if (params.drop_path_factor && params.drop_path_factor[place.image] == 0.0f) {
+  if (is_dropped(params, place.image)) {
     return store_dropped<Traits>(params, place, channel);
   }
   Filter<Traits> filter;

@@ -64,10 +64,6 @@ struct Place {
   }
 };
 
-__device__ __forceinline__ bool dropped(DepthwiseConvForwardParams const& params, std::int64_t image) {
-  return params.drop_path_factor && params.drop_path_factor[image] == 0.0f;
-}
-
 // What one thread copies of each input row. The pixels beside the image stay zero throughout.
 template <typename Traits>
 struct InputCopies {
@@ -87,7 +83,7 @@ struct InputCopies {
       int const pixel = share.pixel(pass);
       std::int64_t const n = place.image + pixel / strips.pixels;
       int const column = place.x - Traits::radius + pixel % strips.pixels;
-      inside[pass] = pixel < strips.images * strips.pixels && n < params.batch && !dropped(params, n) && column >= 0 &&
+      inside[pass] = pixel < strips.images * strips.pixels && n < params.batch && !is_dropped(params, n) && column >= 0 &&
                      column < params.width && channel < params.channels;
       std::int64_t const start =
           inside[pass] ? n * params.input_strides.image + column * params.input_strides.pixel + channel : 0;
@@ -253,27 +249,6 @@ __device__ __forceinline__ void stage_outputs(SharedPointer<std::uint32_t> stage
   }
 }
 
-// One output, from its own window alone.
-template <typename Traits, typename Parameter>
-__device__ float convolve(DepthwiseConvForwardParams const& params, std::int64_t image, int row, int column,
-                          int channel) {
-  using Element = typename Traits::Element;
-  Taps<Parameter, Traits::kernel_size> const taps{static_cast<Parameter const*>(params.weight), params.flip_filter};
-  ImageStrides const& strides = params.input_strides;
-  Element const* const input = static_cast<Element const*>(params.input) + image * strides.image + channel;
-  float sum = params.bias ? to_float(static_cast<Parameter const*>(params.bias)[channel]) : 0.0f;
-  for (int i = 0; i < Traits::kernel_size; ++i) {
-    for (int j = 0; j < Traits::kernel_size; ++j) {
-      int const y = row + i - Traits::radius, x = column + j - Traits::radius;
-      if (y >= 0 && y < params.height && x >= 0 && x < params.width) {
-        float const tap = to_float(from_float<Element>(taps(channel, i, j)));
-        sum += tap * to_float(input[y * strides.row + x * strides.pixel]);
-      }
-    }
-  }
-  return sum;
-}
-
 // Goes over the block's outputs again: those of dropped images, and those that are not finite, as what is not finite
 // among the inputs spoils its whole segment in products with zeros.
 template <typename Traits>
@@ -294,32 +269,18 @@ __device__ void correct_outputs(DepthwiseConvForwardParams const& params, Tiling
     ImageStrides const& strides = params.output_strides;
     std::int64_t const offset = n * strides.image + row * strides.row + column * strides.pixel + channel;
     Element& output = static_cast<Element*>(params.output)[offset];
-    bool const drop = dropped(params, n);
+    bool const drop = is_dropped(params, n);
     if (!drop && isfinite(to_float(output))) {
       continue;
     }
     float value = 0.0f;
     if (!drop) {
-      value = params.parameter_type == ElementType::float32
-                  ? convolve<Traits, float>(params, n, row, column, channel)
-                  : convolve<Traits, Element>(params, n, row, column, channel);
+      value = convolve_window<Element, Traits::kernel_size>(params, n, row, column, channel);
     }
     if constexpr (Traits::has_residual) {
       value += to_float(static_cast<Element const*>(params.residual)[offset]);
     }
     output = from_float<Element>(value);
-  }
-}
-
-// Both channels' filter and bias; behind the last channel any, as nothing is stored there.
-template <typename Traits, typename Parameter>
-__device__ void load_parameters(ToeplitzFilter<Traits>& filter, float (&bias)[2],
-                                DepthwiseConvForwardParams const& params, int channel, int lane) {
-  Taps<Parameter, Traits::kernel_size> const taps{static_cast<Parameter const*>(params.weight), params.flip_filter};
-  filter.load(taps, channel, lane);
-#pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    bias[c] = params.bias ? to_float(static_cast<Parameter const*>(params.bias)[channel + c]) : 0.0f;
   }
 }
 
@@ -332,13 +293,7 @@ __device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardPara
   int const tile = strips.first_pixel<Traits>(lane) * Traits::pixel_stride + warp;
 
   ToeplitzFilter<Traits> filter;
-  float bias[2];
-  int const channel = min(place.channel + 2 * warp, params.channels - 2);
-  if (params.parameter_type == ElementType::float32) {
-    load_parameters<Traits, float>(filter, bias, params, channel, lane);
-  } else {
-    load_parameters<Traits, typename Traits::Element>(filter, bias, params, channel, lane);
-  }
+  filter.load(params, place.channel + 2 * warp, lane);
 
   // A step stores output rows row and row + 1, which the step before has finished, and finishes the next two. The input
   // and residual rows that it computes with, and those that it starts to copy, are at constant distances from these.
@@ -384,7 +339,7 @@ __device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardPara
       int const newest = stage % Traits::live_pairs, oldest = (newest + 1) % Traits::live_pairs;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        sums[newest][i / 4][i % 4] = bias[i / 4];
+        sums[newest][i / 4][i % 4] = filter.bias[i / 4];
       }
       accumulate<Traits>(sums, filter, newest, buffers.inputs + stage * Traits::stage + tile);
       if (next_row >= place.first_row) {
@@ -395,31 +350,16 @@ __device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardPara
   }
 }
 
-// Whether any of a pair is NaN.
-template <typename Element>
-__device__ __forceinline__ bool any_nan(std::uint32_t packed) {
-  float2 const values = unpack<Element>(packed);
-  return isnan(values.x) || isnan(values.y);
-}
-
-// How many of the block's images are dropped.
-__device__ int dropped_images(DepthwiseConvForwardParams const& params, Strips const& strips, Place const& place) {
-  int count = 0;
-  for (int i = 0; i < strips.images && place.image + i < params.batch; ++i) {
-    count += dropped(params, place.image + i);
-  }
-  return count;
-}
-
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::threads, 2)
     depthwise_conv_forward(DepthwiseConvForwardParams const params, Tiling const tiling) {
   Place const place = Place::of<Traits>(params, tiling);
+  Strips const& strips = tiling.strips;
   bool correct = true;
-  if (dropped_images(params, tiling.strips, place) < min(params.batch - place.image, std::int64_t{tiling.strips.images})) {
-    std::uint32_t const spoilt = convolve_block<Traits>(params, tiling.strips, place);
+  if (strips.dropped(params, place.image) < strips.existing(params, place.image)) {
+    std::uint32_t const spoilt = convolve_block<Traits>(params, strips, place);
     Place const place = Place::of<Traits>(params, tiling);  // not kept in registers meanwhile
-    correct = any_nan<typename Traits::Element>(spoilt) || dropped_images(params, tiling.strips, place) > 0;
+    correct = any_nan<typename Traits::Element>(spoilt) || strips.dropped(params, place.image) > 0;
   }
   if (__syncthreads_or(correct)) {
     correct_outputs<Traits>(params, tiling);

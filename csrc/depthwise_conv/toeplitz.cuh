@@ -6,7 +6,8 @@
 #include "common/integers.h"
 #include "common/ptx.cuh"
 #include "common/shared.cuh"
-#include "depthwise_conv/taps.cuh"
+#include "depthwise_conv/forward.h"
+#include "depthwise_conv/window.cuh"
 
 namespace convnext_kernels {
 
@@ -14,6 +15,7 @@ template <typename Element_, int kernel_size_>
 struct ToeplitzTraits {
   using Element = Element_;
   static constexpr int kernel_size = kernel_size_;
+  static constexpr bool may_flip = true;  // where it cannot, every tap lies at a constant distance from the first
   static constexpr int radius = kernel_size / 2;
   static constexpr int segment = 8;   // outputs of a column in one row: two rows of them are M = 16 of the product
   static constexpr int segments = 8;  // the columns, N of the product
@@ -28,6 +30,7 @@ struct ToeplitzTraits {
   static constexpr int pixel_stride = words + 1;
   static constexpr int input_pixels = 2 * segment * segments;  // in a row of 8 strips of one segment, the most
   static constexpr int output_pixels = segment * segments;
+  static_assert(output_pixels == 1 << 6, "Strips::output_shift begins here");
 
   static_assert(kernel_size % 2 == 1 && segment + 2 * radius <= depth, "a segment's inputs fit into one product");
   static_assert(depth == 2 * segment, "a strip is one segment longer than its outputs");
@@ -36,7 +39,8 @@ struct ToeplitzTraits {
 // How blocks share the columns and the images. A strip is what a block sees of a row of one image: its segments with the
 // pixels around them.
 struct Strips {
-  int segments;  // of a strip: 8, 4, 2 or 1
+  int segments;      // of a strip: 8, 4, 2 or 1
+  int output_shift;  // log2 of the outputs in a row of a strip
   int pixels;    // of input in a strip
   int images;    // in a block: 8 / segments
   int count;     // across the image
@@ -47,13 +51,29 @@ struct Strips {
     int const needed = ceil_div(width, Traits::segment);
     Strips strips;
     strips.segments = Traits::segments;
+    strips.output_shift = 6;
     while (strips.segments / 2 >= needed) {
       strips.segments /= 2;
+      --strips.output_shift;
     }
     strips.pixels = (strips.segments + 1) * Traits::segment;
     strips.images = Traits::segments / strips.segments;
     strips.count = ceil_div(needed, strips.segments);
     return strips;
+  }
+
+  // Of the images of a block, from this one on, that are.
+  __device__ int existing(DepthwiseConvForwardParams const& params, std::int64_t image) const {
+    return static_cast<int>(min(params.batch - image, std::int64_t{images}));
+  }
+
+  // How many of these are dropped.
+  __device__ int dropped(DepthwiseConvForwardParams const& params, std::int64_t image) const {
+    int count = 0;
+    for (int i = 0; i < existing(params, image); ++i) {
+      count += is_dropped(params, image + i);
+    }
+    return count;
   }
 
   // The lane's first pixel in a row of the block's strips: of column lane / 4 of X, elements 2 (lane % 4) and on. Every
@@ -93,22 +113,15 @@ __device__ __forceinline__ void load_segments(std::uint32_t (&b)[2][2], SharedPo
 template <typename Traits>
 struct ToeplitzFilter {
   std::uint32_t fragments[2][Traits::kernel_size][2];
+  float bias[2];
 
-  template <typename Parameter>
-  __device__ void load(Taps<Parameter, Traits::kernel_size> taps, int channel, int lane) {
-    constexpr int size = Traits::kernel_size;
-    int const first_tap = 2 * (lane % 4) - lane / 4;
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      auto const tap = [=](int i, int j) { return j >= 0 && j < size ? taps(channel + c, i, j) : 0.0f; };
-#pragma unroll
-      for (int i = 0; i < size; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          int const j = first_tap + half * Traits::segment;
-          fragments[c][i][half] = pack<typename Traits::Element>(tap(i, j), tap(i, j + 1));
-        }
-      }
+  // Behind the last channel that of another, as nothing is stored there.
+  __device__ void load(DepthwiseConvForwardParams const& params, int channel, int lane) {
+    channel = min(channel, params.channels - 2);
+    if (params.parameter_type == ElementType::float32) {
+      load_as<float>(params, channel, lane);
+    } else {
+      load_as<typename Traits::Element>(params, channel, lane);
     }
   }
 
@@ -120,6 +133,41 @@ struct ToeplitzFilter {
       a[2 * half + 1] = h > 0 ? fragments[c][h - 1][half] : 0;
     }
   }
+
+ private:
+  template <typename Parameter>
+  __device__ __forceinline__ void load_as(DepthwiseConvForwardParams const& params, int channel, int lane) {
+    constexpr int size = Traits::kernel_size, last = size * size - 1;
+    bool const flip = Traits::may_flip && params.flip_filter;
+    // Of a row's two pairs at most one meets the filter: the second where the first ends before it. Loads stay within the
+    // filter, the masks take away what lies outside.
+    int const first_tap = 2 * (lane % 4) - lane / 4;
+    int const used_half = first_tap >= -1 ? 0 : 1, j = first_tap + used_half * Traits::segment;
+    std::uint32_t const mask = (j >= 0 && j < size ? 0xffffu : 0) | (j >= -1 && j + 1 < size ? 0xffff0000u : 0);
+    std::uint32_t const masks[2] = {used_half == 0 ? mask : 0, used_half == 1 ? mask : 0};
+    int const left = min(max(j, 0), size - 1), right = min(max(j + 1, 0), size - 1), step = flip ? -size : size;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      Parameter const* const filter =
+          static_cast<Parameter const*>(params.weight) + std::int64_t{channel + c} * (last + 1);
+      Parameter const* const lefts = filter + (flip ? last - left : left);
+      Parameter const* const rights = filter + (flip ? last - right : right);
+      bias[c] = params.bias ? to_float(static_cast<Parameter const*>(params.bias)[channel + c]) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < size; ++i) {
+        std::uint32_t const taps = pack_as<typename Traits::Element>(lefts[i * step], rights[i * step]);
+        fragments[c][i][0] = taps & masks[0];
+        fragments[c][i][1] = taps & masks[1];
+      }
+    }
+  }
 };
+
+// Whether either half of a pair is NaN.
+template <typename Element>
+__device__ __forceinline__ bool any_nan(std::uint32_t packed) {
+  float2 const values = unpack<Element>(packed);
+  return isnan(values.x) || isnan(values.y);
+}
 
 }  // namespace convnext_kernels

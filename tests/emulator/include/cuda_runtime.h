@@ -20,6 +20,8 @@ using std::isnan;
 using std::max;
 using std::min;
 
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+
 struct alignas(8) uint2 {
   unsigned x, y;
 };

@@ -168,4 +168,14 @@ std::uint32_t pack(float low, float high) {
   return emulator::rounded_bits<T>(low) | emulator::rounded_bits<T>(high) << 16;
 }
 
+template <typename T, typename From>
+std::uint32_t pack_as(From low, From high) {
+  if constexpr (std::is_same_v<From, float>) {
+    return pack<T>(low, high);
+  } else {
+    static_assert(std::is_same_v<From, T>);
+    return low.bits | static_cast<std::uint32_t>(high.bits) << 16;
+  }
+}
+
 }  // namespace convnext_kernels
