@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.machine_code import WORKING
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -22,27 +24,40 @@ SHAPES = (Shape(96, 56), Shape(192, 28), Shape(384, 14), Shape(768, 7), Shape(12
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A loop that takes the kernel's time.
+
+    passes: of a warp for each output, those that prepare and those on idle places included.
+    inner: passes through the loops inside it, for each of its own.
+    conflicts: how often shared memory is accessed for what would be one access without bank conflicts.
+    copies: the same for an instruction of cp.async, less where some lanes have nothing to copy.
+    marker: the instruction that the loop is known by.
+    variant: which loop of those with as many of these, the smallest first.
+    working: the instructions that a full pass has all of; others, under a condition, are left out where they can be.
+    """
+
+    passes: Callable[[Shape], float]
+    inner: Callable[[Shape], int] = lambda shape: 1
+    conflicts: float = 1
+    copies: Callable[[Shape], float] = lambda shape: 1
+    marker: str = "HMMA"
+    variant: Callable[[Shape], int] = lambda shape: 0
+    working: tuple[str, ...] = WORKING
+
+
+@dataclass(frozen=True)
 class Work:
     """A kernel's work at a shape.
 
-    passes: of a warp through the main loop for each output, those that prepare and those on idle places included.
     bytes: through memory for each output, each tensor once.
-    inner: passes through the loops inside the main loop, for each of it.
-    copying: how many of the lanes that copy to shared memory (cp.async) have anything to copy.
-    conflicts: how often shared memory is accessed for what would be one access without bank conflicts.
-    marker: the instruction that the main loop is known by.
     matrix: whether it runs on tensor cores.
     runs: whether the kernel serves the shape.
     few_blocks, slow: why less than two blocks fit on a multiprocessor; why a pipe needs more clocks than memory.
     """
 
-    passes: Callable[[Shape], float]
+    loops: tuple[Loop, ...]
     bytes: float
     dynamic_shared: Callable[[Shape], int] = lambda shape: 0
-    inner: Callable[[Shape], int] = lambda shape: 1
-    copying: Callable[[Shape], float] = lambda shape: 1
-    conflicts: float = 1
-    marker: str = "HMMA"
     matrix: bool = False
     runs: Callable[[Shape], bool] = lambda shape: True
     few_blocks: str = ""
@@ -57,14 +72,14 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
-def _strip_segments(size: int) -> int:
-    """How many of the 8 segments of 8 pixels, that a block of Toeplitz products works on, lie in one image."""
-    return min(8, _power_of_two(_ceil_div(size, 8)))
+def _strip_segments(size: int, most: int) -> int:
+    """How many of the segments of 8 pixels, `most` of which lie in a row of a block, belong to one image."""
+    return min(most, _power_of_two(_ceil_div(size, 8)))
 
 
-def _copied_pixels(size: int) -> int:
-    """Of a row of the input, at most 128: each image's part has a segment more than its outputs."""
-    strip = _strip_segments(size)
+def _input_pixels(size: int) -> int:
+    """Of input in a row of a block with 8 segments: each image's part has one more than of outputs."""
+    strip = _strip_segments(size, 8)
     return 8 // strip * (strip + 1) * 8
 
 
@@ -78,23 +93,63 @@ def _depthwise_forward(size: int, residual: bool) -> Work:
     stages = {3: 4, 5: 3, 7: 4}[size]
 
     def passes(shape: Shape) -> float:
-        steps = _ceil_div(shape.size, 2) + size // 2
-        return steps / stages / (2 * 8 // _strip_segments(shape.size) * shape.size**2)
+        steps, images = _ceil_div(shape.size, 2) + size // 2, 8 // _strip_segments(shape.size, 8)
+        return steps / stages / (2 * images * shape.size**2)
 
     shared = 4 * 9 * (stages * 2 * 128 + (2 + stages * residual) * 2 * 64)
-    slow = (
-        "a matrix operand is four registers next to each other, two of which every other operand shares: assembling"
-        " them takes a third of the instructions; and the more rows a map has, the less the first steps weigh"
-    )
-    return Work(
-        passes,
-        bytes=6 if residual else 4,
-        dynamic_shared=lambda _: shared,
-        copying=lambda shape: _copied_pixels(shape.size) / 128,
-        conflicts=2,  # at 9 words a pixel, whichever way a warp reads or writes them
-        matrix=True,
-        slow=slow,
-    )
+    # At 9 words a pixel a warp meets a bank twice, whichever way it reads or writes.
+    loop = Loop(passes, conflicts=2, copies=lambda shape: 2 * _input_pixels(shape.size) / 128)
+    return Work((loop,), bytes=6 if residual else 4, dynamic_shared=lambda _: shared, matrix=True, slow=FORWARD_REASON)
+
+
+FORWARD_REASON = (
+    "assembling the matrix operands, four registers next to each other, takes a third of the instructions, and shared"
+    " memory is met with conflicts; on small maps a block's first steps, which store nothing, weigh as much as others"
+)
+
+
+def _depthwise_forward_on_cuda_cores(size: int) -> Work:
+    """csrc/depthwise_conv/forward_cuda_cores.cu
+
+    A pass takes `size` rows of 7 columns, a channel in each lane. Before the first outputs come size - 1 rows.
+    """
+
+    def passes(shape: Shape) -> float:
+        rows, columns = shape.size + size - 1, 7 * _ceil_div(shape.size, 7)
+        return rows / size * columns / 7 / (32 * shape.size**2)
+
+    slow = f"{size * size} multiply-adds for 8 bytes, and each row of input meets {size} rows of outputs, there or not"
+    return Work((Loop(passes, marker="FFMA"),), bytes=8, slow=slow if size == 7 else "")
+
+
+def _filter_gradient(size: int) -> Work:
+    """csrc/depthwise_conv/filter_gradient_tensor_cores.cu, an output being an element of grad_output
+
+    A step takes a row of 128 pixels, 2 channels of each in a warp; the loop is unrolled over `size` steps. A strip
+    takes size // 2 steps more than it has rows.
+    """
+
+    def passes(shape: Shape) -> float:
+        images = 16 // _strip_segments(shape.size, 16)
+        return (shape.size + size // 2) / size / (2 * images * shape.size**2)
+
+    # Copies meet a bank twice; one in nine is for images of more than one strip. What loads factors of drop path (LDG)
+    # runs once a strip.
+    working = tuple(name for name in WORKING if name != "LDG")
+    loop = Loop(passes, copies=lambda shape: 2 * 8 / 9, working=working)
+    return Work((loop,), bytes=4, dynamic_shared=lambda _: 4 * (16 * 600 + 16 * 296), matrix=True)
+
+
+def _filter_gradient_on_cuda_cores(size: int) -> Work:
+    """csrc/depthwise_conv/filter_gradient_cuda_cores.cu, an output being an element of grad_output
+
+    A pass takes 2 rows of `size` columns, a channel in each lane.
+    """
+
+    def passes(shape: Shape) -> float:
+        return _ceil_div(shape.size, 2) * _ceil_div(shape.size, size) / (32 * shape.size**2)
+
+    return Work((Loop(passes, marker="FFMA"),), bytes=8)
 
 
 def _norm_tiling(channels: int, vector: int) -> tuple[int, int]:
@@ -104,27 +159,74 @@ def _norm_tiling(channels: int, vector: int) -> tuple[int, int]:
     return min(tilings, key=lambda tiling: (tiling[0] * tiling[1], -tiling[0]))
 
 
-def _norm_shuffles(lanes: int) -> int:
-    """Steps of a sum over the lanes of a token, within a warp."""
-    return min(lanes, 32).bit_length() - 1
+def _layer_norm(vector: int, items: int, tensors: int, marker: str, shared: Callable[[int], int]) -> Work:
+    """csrc/layer_norm/forward.cu and backward.cu: a pass takes the 32 / lanes tokens of a warp.
 
-
-def _layer_norm_forward(vector: int, items: int, element_bytes: int) -> Work:
-    """csrc/layer_norm/forward.cu
-
-    A pass normalises the 32 / lanes tokens of a warp; weight and bias lie in shared memory.
+    Args:
+        tensors: read and written.
+        shared: bytes of shared memory, from the channels of a token, padded.
     """
 
     def lanes(shape: Shape) -> int:
         return _norm_tiling(shape.channels, vector)[1]
 
-    return Work(
+    loop = Loop(
         passes=lambda shape: lanes(shape) / 32 / shape.channels,
-        bytes=2 * element_bytes,
-        dynamic_shared=lambda shape: 4 * (32 + 2 * items * lanes(shape) * vector),
-        inner=lambda shape: _norm_shuffles(lanes(shape)),
-        marker="MUFU",
+        inner=lambda shape: min(lanes(shape), 32).bit_length() - 1,  # steps of a sum over lanes
+        marker=marker,
+    )
+    return Work(
+        (loop,),
+        bytes=tensors * 16 / vector,
+        dynamic_shared=lambda shape: shared(items * lanes(shape) * vector),
         runs=lambda shape: _norm_tiling(shape.channels, vector)[0] == items,
+        slow=FLOAT_REASON if vector == 8 else "",
+    )
+
+
+FLOAT_REASON = "16-bit elements are taken apart into floats and put together again, at two bytes each"
+
+
+def _layer_norm_forward(vector: int, items: int) -> Work:
+    """Scratch, weight and bias in shared memory."""
+    return _layer_norm(vector, items, 2, "MUFU", lambda channels: 4 * (32 + 2 * channels))
+
+
+def _layer_norm_backward(vector: int, items: int) -> Work:
+    """Two stages of both inputs of 256 threads, 16 bytes for each item, then scratch and weight."""
+    stages = 2 * 2 * items * 256 * 16
+    return _layer_norm(vector, items, 3, "LDGSTS", lambda channels: stages + 4 * (32 + channels))
+
+
+def _conv_layer_norm(size: int) -> Work:
+    """csrc/depthwise_conv_layer_norm/forward.cu
+
+    A pass of the first loop takes 4 rows of 64 pixels, 2 channels of each in a warp; one of the second all channels of
+    4 pixels. Shared memory, in words of 2 channels: the tile of 256 pixels, then input, 80 pixels of 9 words in a row.
+    """
+
+    def blocks(shape: Shape) -> float:
+        """For each pixel."""
+        return _ceil_div(shape.size, 4) / (8 // _strip_segments(shape.size, 8) * shape.size**2)
+
+    convolution = Loop(
+        lambda shape: blocks(shape) / 2, conflicts=2, copies=lambda shape: 2 * _input_pixels(shape.size) / 96
+    )
+    norm = Loop(
+        lambda shape: 64 * blocks(shape) / shape.channels,
+        conflicts=2,
+        marker="SHFL",
+        variant=lambda shape: 1 if shape.channels <= 96 else 2,  # the loops for 4, 6 and 8 words of a lane
+        working=tuple(name for name in WORKING if name != "STG"),  # nothing is saved for backward
+    )
+    return Work(
+        (convolution, norm),
+        bytes=4,
+        dynamic_shared=lambda shape: 4 * (256 * (shape.channels // 2 | 1) + (4 + size - 1) * 80 * 9),
+        matrix=True,
+        runs=lambda shape: shape.channels <= 128 and shape.size >= 17,
+        few_blocks="a tile of 256 whole pixels of 128 channels, with its input, takes 93 KiB of the 164 KiB of sm_80",
+        slow="a tile of 4 rows reads and convolves its halo again, and each word of a pixel passes shared memory twice",
     )
 
 
@@ -134,7 +236,21 @@ WORK = {
         for size in (3, 5, 7)
         for residual in (False, True)
     },
-    **{f"layer_norm_forward<float, 4, {items}>": _layer_norm_forward(4, items, 4) for items in (1, 2, 3)},
-    **{f"layer_norm_forward<*, 8, {items}>": _layer_norm_forward(8, items, 2) for items in (1, 2, 3)},
+    **{
+        f"depthwise_conv_forward_on_cuda_cores<Traits<float, {size}>>": _depthwise_forward_on_cuda_cores(size)
+        for size in (3, 5, 7)
+    },
+    **{f"filter_gradient_on_tensor_cores<Traits<*, {size}>>": _filter_gradient(size) for size in (3, 5, 7)},
+    **{
+        f"filter_gradient_on_cuda_cores<Traits<float, {size}>>": _filter_gradient_on_cuda_cores(size)
+        for size in (3, 5, 7)
+    },
+    **{f"depthwise_conv_layer_norm_forward<Traits<*, {size}>>": _conv_layer_norm(size) for size in (3, 5, 7)},
+    **{
+        f"layer_norm_{direction}<{element}, {vector}, {items}>": work(vector, items)
+        for direction, work in (("forward", _layer_norm_forward), ("backward", _layer_norm_backward))
+        for element, vector in (("float", 4), ("*", 8))
+        for items in (2, 3)
+    },
 }
 """Work by a pattern of the kernel's name, as fnmatch reads it."""

@@ -1,7 +1,7 @@
 """What nvcc makes of a CUDA source: each kernel's registers, spills, shared memory and instructions.
 
 Needs no GPU: nvcc compiles, and the disassembler that Triton brings reads what it wrote. A loop is found by its
-backward branch; its instructions are counted once each, those under a condition too.
+backward branch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import re
 import runpy
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from triton import knobs
@@ -63,6 +64,32 @@ class MachineCode:
         """The first of the types that tensors have among the template's arguments."""
         found = re.search(rf"\b({'|'.join(TYPES)})\b", self.kernel)
         return TYPES[found[1]] if found else None
+
+    @cached_property
+    def flow(self) -> Flow:
+        edges = _edges(self.instructions)
+        live = _reached(0, edges)
+        loops = _loops(edges, live)
+        inner = {header: [other for other in loops.values() if other < loop] for header, loop in loops.items()}
+        return Flow(edges, live, [Body(header, loop, set().union(*inner[header])) for header, loop in loops.items()])
+
+
+@dataclass(frozen=True)
+class Body:
+    """A loop: the instruction it comes back to, all of its instructions, and those of them in loops inside it."""
+
+    header: int
+    nodes: set[int]
+    inner: set[int]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How control flows through a kernel: what may follow each instruction, which can be reached, and the loops."""
+
+    edges: list[list[int]]
+    live: set[int]
+    loops: list[Body]
 
 
 def find_nvcc() -> str | None:
@@ -203,8 +230,8 @@ def _reached(start: int, edges: Sequence[Sequence[int]], barrier: int | None = N
     return reached
 
 
-def _loops(edges: Sequence[Sequence[int]], live: set[int]) -> list[set[int]]:
-    """The loops among the live instructions, each of one header: the target of one or more backward branches.
+def _loops(edges: Sequence[Sequence[int]], live: set[int]) -> dict[int, set[int]]:
+    """The loops among the live instructions by their headers, each the target of one or more backward branches.
 
     A loop is what reaches its branch without passing its header. Where that leads to the first instruction, the branch
     only comes back from code put out of line.
@@ -220,36 +247,81 @@ def _loops(edges: Sequence[Sequence[int]], live: set[int]) -> list[set[int]]:
                 body = _reached(node, before, barrier=header)
                 if header == 0 or 0 not in body:
                     loops.setdefault(header, set()).update(body)
-    return list(loops.values())
+    return loops
+
+
+WORKING = ("HMMA", "FFMA", "LDS", "LDSM", "STS", "LDG", "LDGSTS", "STG")
+"""Instructions that a kernel is there for: products, and accesses to memory."""
+
+
+def _postorder(start: int, body: set[int], edges: Sequence[Sequence[int]]) -> list[int]:
+    """What lies in `body` and is reached from an instruction, each after all that follow it but for loops."""
+    order, seen, waiting = [], {start}, [(start, iter(edges[start]))]
+    while waiting:
+        node, following = waiting[-1]
+        for other in following:
+            if other in body and other not in seen:
+                seen.add(other)
+                waiting.append((other, iter(edges[other])))
+                break
+        else:
+            waiting.pop()
+            order.append(node)
+    return order
+
+
+def _path(code: MachineCode, body: Body, working: Collection[str]) -> set[int]:
+    """Of all ways through a loop once, or through a kernel, the one with the most instructions named in `working`.
+
+    Of ways with as many, the shortest: it leaves out what need not run every time.
+    """
+    start, edges = body.header, code.flow.edges
+    best: dict[int, tuple[int, int | None]] = {}
+    for node in _postorder(start, body.nodes, edges):
+        ways: list[tuple[int, int | None]] = [(best[other][0], other) for other in edges[node] if other in best]
+        if start in edges[node] or not edges[node]:
+            ways.append((0, None))
+        if ways:
+            weight = len(edges) * (code.instructions[node].name in working) - 1
+            value, following = max(ways, key=lambda way: way[0])
+            best[node] = value + weight, following
+    path, node = set(), start
+    while node is not None:
+        path.add(node)
+        node = best[node][1]
+    return path
 
 
 @dataclass(frozen=True)
 class MainLoop:
-    """A kernel's main loop without the loops inside it, and those; not `found` where the whole kernel is counted."""
+    """One pass through a kernel's main loop, without and in the loops inside it; or, not `found`, the whole kernel."""
 
     instructions: list[Instruction]
     inner: list[Instruction]
     found: bool
 
 
-def main_loop(code: MachineCode, marker: str) -> MainLoop:
-    """The smallest loop that holds the most instructions named `marker`.
+def main_loop(
+    code: MachineCode, marker: str = "HMMA", variant: int = 0, working: Collection[str] = WORKING
+) -> MainLoop:
+    """The loop that holds the most instructions named `marker`, those of the loops inside it not counted.
 
-    Where no loop holds any, the largest that has no loop inside; in a kernel without loops all that can be reached.
+    Of loops that hold as many, number `variant` by size, the smallest first. Where no loop holds any, the largest that
+    has no loop inside. A pass is the way through it with the most instructions named in `working`.
     """
-    edges = _edges(code.instructions)
-    live = _reached(0, edges)
-    loops = _loops(edges, live)
+    flow = code.flow
 
-    def marked(loop: set[int]) -> int:
-        return sum(code.instructions[i].name == marker for i in loop)
+    def marked(loop: Body) -> int:
+        return sum(code.instructions[i].name == marker for i in loop.nodes - loop.inner)
 
-    body = min(loops, key=lambda loop: (-marked(loop), len(loop)), default=live)
-    if loops and not marked(body):
-        body = max((loop for loop in loops if not any(other < loop for other in loops)), key=len)
-    inner = set().union(*(loop for loop in loops if loop < body))
+    most = max(map(marked, flow.loops), default=0)
+    chosen = sorted((loop for loop in flow.loops if marked(loop) == most), key=lambda loop: len(loop.nodes))
+    if not most:
+        chosen, variant = [loop for loop in chosen if not loop.inner] or [Body(0, flow.live, set())], -1
+    body = chosen[variant]
+    path = _path(code, body, working)
     return MainLoop(
-        instructions=[code.instructions[i] for i in sorted(body - inner)],
-        inner=[code.instructions[i] for i in sorted(inner)],
-        found=bool(loops),
+        instructions=[code.instructions[i] for i in sorted(path - body.inner)],
+        inner=[code.instructions[i] for i in sorted(path & body.inner)],
+        found=bool(flow.loops),
     )

@@ -1,8 +1,8 @@
 """Compiles every CUDA kernel for GPUs that need not be there, counts its main loop, and predicts its clocks.
 
-A prediction is a count: the instructions that a warp issues in its main loop, those under a condition too, by the rate
-of the pipe that runs them. It knows no latencies and no caches. Beside it stand the clocks in which the kernel's bytes
-pass through memory; a kernel can be as fast as memory only where no pipe needs more.
+A prediction is a count: the instructions that a warp issues in a pass through its main loop, by the rate of the pipe
+that runs them. It knows no latencies and no caches. Beside it stand the clocks in which the kernel's bytes pass through
+memory; a kernel can be as fast as memory only where no pipe needs more.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.kernel_work import SHAPES, WORK, Shape, Work
+from benchmarks.kernel_work import SHAPES, WORK, Loop, Shape, Work
 from benchmarks.machine_code import (
     ROOT,
     TYPES,
     Instruction,
     MachineCode,
-    MainLoop,
     compile_source,
     find_nvcc,
     main_loop,
@@ -94,22 +93,22 @@ def _is(instruction: Instruction, opcodes: Iterable[str]) -> bool:
     return any(instruction.opcode == opcode or instruction.opcode.startswith(f"{opcode}.") for opcode in opcodes)
 
 
-def _wavefronts(instruction: Instruction, conflicts: float, copying: float) -> float:
-    """Clocks of shared memory and L1 for 32 lanes, of cp.async those `copying`; conflicts are of shared memory."""
+def _wavefronts(instruction: Instruction, conflicts: float, copies: float) -> float:
+    """Clocks of shared memory and L1 for all 32 lanes; see `Loop`."""
     if instruction.name == "LDSM":
         return {"4": 4, "2": 2}.get(instruction.opcode[-1], 1)
     if instruction.name == "SHFL":
         return 1
     modifiers = instruction.opcode.split(".")
     width = 16 if "128" in modifiers else 8 if "64" in modifiers else 4
-    factor = {"LDS": conflicts, "STS": conflicts, "LDGSTS": conflicts * copying}.get(instruction.name, 1)
+    factor = {"LDS": conflicts, "STS": conflicts, "LDGSTS": copies}.get(instruction.name, 1)
     return factor * 32 * width / WAVEFRONT
 
 
 def pipe_clocks(
-    instructions: Sequence[Instruction], device: Device, conflicts: float = 1, copying: float = 1
+    instructions: Sequence[Instruction], device: Device, conflicts: float = 1, copies: float = 1
 ) -> dict[str, float]:
-    """Clocks that each pipe of a multiprocessor needs for one warp's instructions; see `Work`."""
+    """Clocks that each pipe of a multiprocessor needs for one warp's instructions; see `Loop`."""
 
     def lanes(opcodes: Sequence[str], per_clock: float) -> float:
         return 32 * sum(_is(instruction, opcodes) for instruction in instructions) / per_clock
@@ -119,7 +118,7 @@ def pipe_clocks(
     return {
         "issue": len(instructions) / SCHEDULERS,
         "tensor": sum(MATRIX_FMAS[".".join(i.opcode.split(".")[:2])] for i in matrix) / device.matrix_fmas,
-        "shared": sum(_wavefronts(i, conflicts, copying) for i in instructions if _is(i, through_l1)),
+        "shared": sum(_wavefronts(i, conflicts, copies) for i in instructions if _is(i, through_l1)),
         "fma": lanes(FMA, device.fma_lanes),
         "integer": lanes(INTEGER, INTEGER_LANES),
         "special": lanes(SPECIAL, SPECIAL_LANES),
@@ -158,7 +157,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: what it takes, what its main loop is made of, and what that predicts."""
+    """One compiled kernel: what it takes, what its (first) main loop is made of, and what that predicts."""
 
     source: str
     kernel: str
@@ -184,12 +183,18 @@ def work_of(kernel: str) -> Work | None:
     return next((work for pattern, work in WORK.items() if fnmatch.fnmatchcase(kernel, pattern)), None)
 
 
-def _predict(code: MachineCode, loop: MainLoop, work: Work, shape: Shape) -> Prediction:
-    device = DEVICES[code.architecture]
-    passes, dynamic = work.passes(shape), work.dynamic_shared(shape)
-    body = loop.instructions + work.inner(shape) * loop.inner
+def _loop_clocks(code: MachineCode, loop: Loop, shape: Shape) -> dict[str, float]:
+    body = main_loop(code, loop.marker, loop.variant(shape), loop.working)
+    instructions = body.instructions + loop.inner(shape) * body.inner
+    clocks = pipe_clocks(instructions, DEVICES[code.architecture], loop.conflicts, loop.copies(shape))
+    return {pipe: loop.passes(shape) * count for pipe, count in clocks.items()}
+
+
+def _predict(code: MachineCode, work: Work, shape: Shape) -> Prediction:
     if code.threads is None:
         raise CommandError(f"{code.kernel}: has no __launch_bounds__, so its threads are not known")
+    device, dynamic = DEVICES[code.architecture], work.dynamic_shared(shape)
+    loops = [_loop_clocks(code, loop, shape) for loop in work.loops]
     return Prediction(
         channels=shape.channels,
         size=shape.size,
@@ -197,10 +202,7 @@ def _predict(code: MachineCode, loop: MainLoop, work: Work, shape: Shape) -> Pre
         blocks_per_multiprocessor=blocks_per_multiprocessor(
             code.registers, code.shared + dynamic, code.threads, device
         ),
-        clocks={
-            pipe: passes * clocks
-            for pipe, clocks in pipe_clocks(body, device, work.conflicts, work.copying(shape)).items()
-        },
+        clocks={pipe: sum(clocks[pipe] for clocks in loops) for pipe in loops[0]},
         memory=work.bytes * device.multiprocessors * device.hertz / device.bytes_per_second,
     )
 
@@ -208,7 +210,7 @@ def _predict(code: MachineCode, loop: MainLoop, work: Work, shape: Shape) -> Pre
 def describe(source: str, code: MachineCode) -> Kernel:
     """Counts a kernel's main loop and, where the table knows what a pass does, predicts its clocks."""
     work = work_of(code.kernel)
-    loop = main_loop(code, work.marker if work else "HMMA")
+    loop = main_loop(code, work.loops[0].marker, working=work.loops[0].working) if work else main_loop(code)
     body = loop.instructions + loop.inner
     counts = {name: sum(_is(instruction, opcodes) for instruction in body) for name, opcodes in CATEGORIES.items()}
     memory = (*CATEGORIES["shared memory"], *CATEGORIES["global memory"])
@@ -225,7 +227,7 @@ def describe(source: str, code: MachineCode) -> Kernel:
         loop=loop.found,
         instructions={"all": len(body), **counts},
         memory_instructions=dict(sorted(Counter(i.opcode for i in body if _is(i, memory)).items())),
-        predicted=[_predict(code, loop, work, shape) for shape in SHAPES if work.runs(shape)] if work else [],
+        predicted=[_predict(code, work, shape) for shape in SHAPES if work.runs(shape)] if work else [],
     )
 
 
@@ -312,14 +314,19 @@ def _counts_table(rows: dict[str, Kernel]) -> Table:
 
 
 def _predictions_table(rows: dict[str, Kernel]) -> Table:
-    title = "Predicted: clocks of a multiprocessor per output, of memory and of the slowest pipe"
+    title = (
+        "Predicted: clocks of a multiprocessor per output, and the part of memory's speed that the slowest pipe allows"
+    )
     table = Table(title=title)
     table.add_column("kernel", overflow="fold", max_width=LABEL_WIDTH)
     for column in ("memory", *(f"{shape.channels}, {shape.size}" for shape in SHAPES)):
         table.add_column(column, justify="right", no_wrap=True)
     for label, kernel in rows.items():
         if kernel.predicted:
-            cells = {(p.channels, p.size): f"{p.clocks[p.slowest]:.2f} {p.slowest}" for p in kernel.predicted}
+            cells = {
+                (p.channels, p.size): f"{p.clocks[p.slowest]:.2f} {p.slowest}\n{min(1, 1 / p.ratio):.0%}"
+                for p in kernel.predicted
+            }
             shapes = [cells.get((shape.channels, shape.size), "") for shape in SHAPES]
             table.add_row(label, f"{kernel.predicted[0].memory:.2f}", *shapes)
     return table

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 from benchmarks import static_report
-from benchmarks.kernel_work import SHAPES, WORK, Work
+from benchmarks.kernel_work import SHAPES, WORK, Loop, Work
 from benchmarks.machine_code import Instruction, MachineCode, compile_source, find_nvcc, main_loop
 from benchmarks.static_report import (
     DEVICES,
@@ -155,6 +155,12 @@ def test_inner_loops_are_kept_apart():
     assert opcodes(loop.inner) == ["SHFL.BFLY", "BRA"]
 
 
+def test_variants_of_a_loop_are_known_by_their_size():
+    code = code_of("SHFL.BFLY", "FADD", "@P0 BRA 0x0", "SHFL.BFLY", "@P0 BRA 0x30", "EXIT")
+    assert opcodes(main_loop(code, "SHFL").instructions) == ["SHFL.BFLY", "BRA"]
+    assert opcodes(main_loop(code, "SHFL", variant=1).instructions) == ["SHFL.BFLY", "FADD", "BRA"]
+
+
 def test_code_out_of_line_belongs_to_the_loop_it_comes_back_to():
     code = code_of(
         *("MOV", "FADD", "@P0 BRA 0x60", "FMUL", "@P1 BRA 0x10", "EXIT"),
@@ -181,12 +187,12 @@ def test_clocks_of_the_pipes():
     )
     lines += ["FFMA"] * 4 + ["IMAD.MOV.U32", "PRMT", "MUFU.EX2", "EXIT"]
     instructions = code_of(*lines).instructions
-    a100 = pipe_clocks(instructions, DEVICES["80"], conflicts=2, copying=0.5)
+    a100 = pipe_clocks(instructions, DEVICES["80"], conflicts=2, copies=0.5)
     assert a100["issue"] == len(lines) / 4
     assert a100["tensor"] == 2 * 2048 / 1024
-    assert a100["shared"] == 2 * 3 + 2 * 4 + 4 + 2 * 0.5 + 2 + 1
+    assert a100["shared"] == 2 * 3 + 2 * 4 + 4 + 0.5 + 2 + 1
     assert (a100["fma"], a100["integer"], a100["special"]) == (5 / 2, 1 / 2, 2)
-    h200 = pipe_clocks(instructions, DEVICES["90a"], conflicts=2, copying=0.5)
+    h200 = pipe_clocks(instructions, DEVICES["90a"], conflicts=2, copies=0.5)
     assert h200["fma"] == 5 / 4 and h200["tensor"] == pytest.approx(4 / 2 / 0.62)
 
 
@@ -231,7 +237,7 @@ def table(monkeypatch):
     """Puts one entry for GOOD into the table."""
 
     def put(**options):
-        monkeypatch.setattr(static_report, "WORK", {"convolution<*, 7>": Work(lambda shape: 1, 4, **options)})
+        monkeypatch.setattr(static_report, "WORK", {"convolution<*, 7>": Work((Loop(lambda shape: 1),), 4, **options)})
 
     put(matrix=True)
     return put
@@ -274,7 +280,7 @@ def test_a_reason_excuses_and_is_needed(table):
 def test_the_report_is_a_table_and_json(tmp_path, monkeypatch, capsys):
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)
-    work = Work(lambda shape: 1 / (128 * shape.channels), 8, slow="few bytes", marker="FADD")
+    work = Work((Loop(lambda shape: 1 / (128 * shape.channels), marker="FADD"),), 8, slow="few bytes")
     monkeypatch.setattr(static_report, "WORK", {"sums<float, *>": work})
     monkeypatch.setattr(static_report, "sources", lambda: {"tests/planted.cu": source})
     path = tmp_path / "report.json"
