@@ -82,8 +82,8 @@ class Contract:
     """The tests of one operator, collected by inheriting from this class."""
 
     operator: ClassVar[str]
-    channels: ClassVar[int] = 5
-    """Of the examples, in images of 3x4x6."""
+    sizes: ClassVar[dict[str, int]] = {"batch": 3, "channels": 5, "height": 4, "width": 6}
+    """Of the examples."""
     more_cases: ClassVar[tuple[parity.Case, ...]] = ()
     """What the CUDA kernels are checked on besides `parity.cases`; on a GPU all kernels."""
     cheap_float16: ClassVar[tuple[str, ...] | None] = None
@@ -99,7 +99,7 @@ class Contract:
 
     def example_cases(self, **sizes: int) -> list[parity.Case]:
         """The examples at sizes of which some may be given."""
-        return self.examples(**{"batch": 3, "channels": self.channels, "height": 4, "width": 6, **sizes})
+        return self.examples(**{**self.sizes, **sizes})
 
     @property
     def function(self) -> Callable[..., Tensor]:
@@ -397,8 +397,9 @@ class Contract:
         self.assert_refused(lambda a: {"input": change(a["input"])}, exception, f"input: got {message}")
 
     def test_channels_that_do_not_fit(self):
-        wide = arguments_of(self.full(channels=self.channels + 1))["input"]
-        message = rf"\w+: got shape \[.*{self.channels}.*\]; accepted: .*\b{self.channels + 1}\b"
+        channels = self.sizes["channels"]
+        wide = arguments_of(self.full(channels=channels + 1))["input"]
+        message = rf"\w+: got shape \[.*{channels}.*\]; accepted: .*\b{channels + 1}\b"
         self.assert_refused(lambda _: {"input": wide}, ValueError, message)
 
     @pytest.mark.parametrize("kind", BAD_PARAMETERS)

@@ -6,6 +6,7 @@ from support import DTYPES, INTERPRETED, relative_error
 from torch import Tensor
 
 from convnext_kernels.backends import machine_reasons
+from convnext_kernels.functional import layer_norm
 from convnext_kernels.ops.common.cuda_launch import (
     address,
     element_type,
@@ -211,8 +212,8 @@ def convolve_and_normalise(input: Tensor, weight: Tensor, norm: Tensor | None, f
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dropped_images_are_zero_in_one_pass(dtype):
-    factor, input = dropped(vector(random(*SHAPE), dtype))
-    weight, norm = vector(random(SHAPE[-1], 7, 7, seed=1) / 7, dtype), vector(random(SHAPE[-1], seed=2))
+    factor, input = dropped(vector(random(5, 6, 20, 10), dtype))
+    weight, norm = vector(random(10, 7, 7, seed=1) / 7, dtype), vector(random(10, seed=2))
     kept = factor != 0
     results = [result.view(len(input), -1) for result in convolve_and_normalise(input, weight, norm, factor)]
     alone = convolve_and_normalise(input[kept], weight, norm, None)
@@ -224,7 +225,8 @@ def test_dropped_images_are_zero_in_one_pass(dtype):
     ("shape", "dtype", "size", "fits"),
     [
         ((2, 56, 56, 96), torch.float16, 7, True),
-        ((2, 28, 28, 192), torch.bfloat16, 7, True),
+        ((2, 5, 17, 128), torch.bfloat16, 3, True),
+        ((2, 14, 14, 96), torch.float16, 7, False),
         ((2, 56, 56, 96), torch.float32, 7, False),
         ((2, 56, 56, 97), torch.float16, 7, False),
         ((2, 7, 7, 4096), torch.float16, 7, False),
@@ -232,6 +234,64 @@ def test_dropped_images_are_zero_in_one_pass(dtype):
 )
 def test_one_pass_where_whole_pixels_fit(shape, dtype, size, fits):
     assert library().in_one_pass(**one_pass(torch.empty(shape, dtype=dtype, device=DEVICE), size)) == fits
+
+
+def normalise_backward(grad: Tensor, input: Tensor, weight: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the input [N, T, C] and, one after the other, of weight and bias."""
+    batch, tokens_per_image, channels = input.shape
+    mean = input.double().mean(-1).float()
+    rstd = (input.double().var(-1, correction=0) + 1e-6).rsqrt().float()
+    call = {"type": element_type(input.dtype), "tokens": batch * tokens_per_image, "channels": channels}
+    partials = torch.full((library().layer_norm_backward_splits(**call), 2 * channels), torch.nan, device=DEVICE)
+    grad_input = torch.full_like(input, torch.nan)
+    launch(
+        "layer_norm_backward",
+        DEVICE,
+        grad_output=address(grad),
+        input=address(input),
+        weight=address(weight),
+        mean=address(mean),
+        rstd=address(rstd),
+        drop_path_factor=address(factor),
+        grad_input=address(grad_input),
+        partials=address(partials),
+        parameter_type=element_type(weight.dtype),
+        tokens_per_image=tokens_per_image,
+        **call,
+    )
+    return grad_input, partial_sums(partials)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [5, 96])
+def test_norm_gradients_of_dropped_images_are_zero(dtype, channels):
+    (factor, input), (_, grad) = (dropped(vector(random(5, 7, channels, seed=seed), dtype)) for seed in (0, 1))
+    weight, kept = vector(1 + 0.1 * random(channels, seed=2)), factor != 0
+    results = normalise_backward(grad, input, weight, factor)
+    alone = normalise_backward(grad[kept], input[kept], weight, None)
+    assert torch.equal(results[0][kept], alone[0]) and not results[0][~kept].any()
+    assert relative_error(results[1], alone[1]) < 1e-5
+    leaf = input[kept].double().requires_grad_()
+    output = torch.nn.functional.layer_norm(leaf, (channels,), weight.double(), eps=1e-6)
+    (expected,) = torch.autograd.grad(output, leaf, grad[kept].double())
+    assert relative_error(alone[0], expected) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [40, 96])
+def test_norm_of_misaligned_tokens(dtype, channels):
+    """Contiguous, but one element away from where vectors of elements lie."""
+    shape = (1, 3, 1, channels)
+    input, grad = (padded(random(*shape, seed=seed), dtype, "misaligned")[0].squeeze(2) for seed in (0, 1))
+    weight, bias = (padded(random(1, 1, 1, channels, seed=seed), dtype, "misaligned")[0].flatten() for seed in (2, 3))
+    assert input.is_contiguous() and input.data_ptr() % 16 == weight.data_ptr() % 16 == dtype.itemsize
+    results = []
+    for function in (torch.Tensor.detach, torch.Tensor.clone):
+        leaves = [function(tensor).detach().requires_grad_() for tensor in (input, weight, bias)]
+        output = layer_norm(*leaves, backend="cuda")
+        results.append([output, *torch.autograd.grad(output, leaves, function(grad))])
+    for misaligned, aligned in zip(*results, strict=True):
+        assert relative_error(misaligned, aligned) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 300])

@@ -1,5 +1,7 @@
 """Depthwise convolution."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from contract import Contract
@@ -23,25 +25,22 @@ def check_filter_errors(contract: Contract) -> None:
         contract.assert_refused(lambda _, bad=bad: {"dilation": bad}, ValueError, message)
 
 
-def edge_cases(operator: str, norms: tuple[str, ...] = ()) -> tuple[Case, ...]:
-    """Odd channels; one row, one column, wider than a block's strip, higher than its rows, many images in a block."""
-    shapes = [(2, 1, 3, 5), (1, 2, 1, 9), (1, 5, 9, 1), (1, 8, 3, 70), (1, 8, 67, 2), (11, 24, 7, 7)]
-    names = ("bias", *norms)
-    return tuple(
-        Case(
-            operator,
-            "x".join(map(str, shape)),
-            {"input": shape, "weight": (shape[1], 1, 7, 7), **{name: shape[1:2] for name in names}},
-        )
-        for shape in shapes
-    )
+def filter_case(operator: str, shape: tuple[int, int, int, int], size: int = 7, norms: tuple[str, ...] = ()) -> Case:
+    """A call with a bias, and other vectors of these names."""
+    vectors = {name: shape[1:2] for name in ("bias", *norms)}
+    shapes = {"input": shape, "weight": (shape[1], 1, size, size), **vectors}
+    return Case(operator, f"{'x'.join(map(str, shape))}, {size}x{size}", shapes)
+
+
+EDGES = [(2, 1, 3, 5), (1, 2, 1, 9), (1, 5, 9, 1), (1, 8, 3, 70), (1, 8, 67, 2), (11, 24, 7, 7)]
+"""Odd channels; one row, one column, wider than a block's strip, higher than its rows, several images in a block."""
 
 
 class TestDepthwiseConv(Contract):
     operator = "depthwise_conv2d"
-    channels = 6
+    sizes: ClassVar = {**Contract.sizes, "channels": 6}
     cheap_float16 = CHEAP_FLOAT16
-    more_cases = edge_cases("depthwise_conv2d")
+    more_cases = tuple(filter_case("depthwise_conv2d", shape) for shape in EDGES)
     spreading = ("grad weight",)  # PyTorch and tensor cores multiply by the zeros around the image
 
     @staticmethod

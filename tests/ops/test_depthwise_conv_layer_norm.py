@@ -1,10 +1,12 @@
 """Depthwise convolution and LayerNorm in one."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from contract import Contract
 from support import arguments_of, assert_parity, device_of, relative_error
-from test_depthwise_conv import CHEAP_FLOAT16, check_filter_errors, edge_cases
+from test_depthwise_conv import CHEAP_FLOAT16, EDGES, check_filter_errors, filter_case
 
 from convnext_kernels.functional import depthwise_conv2d, layer_norm
 from convnext_kernels.parity import Case
@@ -12,9 +14,13 @@ from convnext_kernels.parity import Case
 
 class TestDepthwiseConvLayerNorm(Contract):
     operator = "depthwise_conv2d_layer_norm"
-    channels = 6
+    # Wide enough for the CUDA kernel that does it in one pass.
+    sizes: ClassVar = {**Contract.sizes, "channels": 6, "width": 18}
     cheap_float16 = CHEAP_FLOAT16
-    more_cases = edge_cases("depthwise_conv2d_layer_norm", ("norm_weight", "norm_bias"))
+    more_cases = tuple(
+        filter_case("depthwise_conv2d_layer_norm", shape, size, ("norm_weight", "norm_bias"))
+        for shape, size in [*((edge, 7) for edge in EDGES), ((1, 128, 5, 17), 3), ((3, 40, 2, 33), 5)]
+    )
     spreading = ("grad weight",)  # PyTorch and tensor cores multiply by the zeros around the image
 
     @staticmethod
