@@ -103,8 +103,8 @@ def _depthwise_forward(size: int, residual: bool) -> Work:
 
 
 FORWARD_REASON = (
-    "assembling the matrix operands, four registers next to each other, takes a third of the instructions, and shared"
-    " memory is met with conflicts; on small maps a block's first steps, which store nothing, weigh as much as others"
+    "shared memory is met with 2-way conflicts, and assembling the matrix operands, four registers next to each other,"
+    " takes up to a third of the instructions; on small maps a block's first steps, which store nothing, weigh most"
 )
 
 
@@ -119,7 +119,7 @@ def _depthwise_forward_on_cuda_cores(size: int) -> Work:
         return rows / size * columns / 7 / (32 * shape.size**2)
 
     slow = f"{size * size} multiply-adds for 8 bytes, and each row of input meets {size} rows of outputs, there or not"
-    return Work((Loop(passes, marker="FFMA"),), bytes=8, slow=slow if size == 7 else "")
+    return Work((Loop(passes, marker="FFMA"),), bytes=8, slow=slow)
 
 
 def _filter_gradient(size: int) -> Work:
@@ -137,7 +137,8 @@ def _filter_gradient(size: int) -> Work:
     # runs once a strip.
     working = tuple(name for name in WORKING if name != "LDG")
     loop = Loop(passes, copies=lambda shape: 2 * 8 / 9, working=working)
-    return Work((loop,), bytes=4, dynamic_shared=lambda _: 4 * (16 * 600 + 16 * 296), matrix=True)
+    slow = "every copy of 4 bytes adds its offset and tests its bit, and of 64 columns of segments 56 are in use"
+    return Work((loop,), bytes=4, dynamic_shared=lambda _: 4 * (16 * 600 + 16 * 296), matrix=True, slow=slow)
 
 
 def _filter_gradient_on_cuda_cores(size: int) -> Work:
@@ -149,7 +150,8 @@ def _filter_gradient_on_cuda_cores(size: int) -> Work:
     def passes(shape: Shape) -> float:
         return _ceil_div(shape.size, 2) * _ceil_div(shape.size, size) / (32 * shape.size**2)
 
-    return Work((Loop(passes, marker="FFMA"),), bytes=8)
+    slow = f"{size * size} multiply-adds for 8 bytes" if size > 3 else ""
+    return Work((Loop(passes, marker="FFMA"),), bytes=8, slow=slow)
 
 
 def _norm_tiling(channels: int, vector: int) -> tuple[int, int]:
@@ -180,11 +182,7 @@ def _layer_norm(vector: int, items: int, tensors: int, marker: str, shared: Call
         bytes=tensors * 16 / vector,
         dynamic_shared=lambda shape: shared(items * lanes(shape) * vector),
         runs=lambda shape: _norm_tiling(shape.channels, vector)[0] == items,
-        slow=FLOAT_REASON if vector == 8 else "",
     )
-
-
-FLOAT_REASON = "16-bit elements are taken apart into floats and put together again, at two bytes each"
 
 
 def _layer_norm_forward(vector: int, items: int) -> Work:
@@ -226,7 +224,7 @@ def _conv_layer_norm(size: int) -> Work:
         matrix=True,
         runs=lambda shape: shape.channels <= 128 and shape.size >= 17,
         few_blocks="a tile of 256 whole pixels of 128 channels, with its input, takes 93 KiB of the 164 KiB of sm_80",
-        slow="a tile of 4 rows reads and convolves its halo again, and each word of a pixel passes shared memory twice",
+        slow="for 4 rows of outputs a tile copies and loads 10 of input, and the filter of every channel from memory",
     )
 
 

@@ -171,6 +171,17 @@ def test_code_out_of_line_belongs_to_the_loop_it_comes_back_to():
     assert opcodes(loop.instructions) == ["FADD", "BRA", "FMUL", "BRA", "LDS", "BRA"] and loop.found
 
 
+def test_a_pass_leaves_out_what_need_not_run():
+    code = code_of(
+        *("MOV", "@P0 BRA 0x40", "IADD3", "LEA", "LDS"),  # two instructions that no work is in
+        *("@P1 BRA 0x80", "FFMA", "BRA 0x90", "STS", "@P2 BRA 0x0", "EXIT"),  # either a product or a store
+    )
+    opcodes_of_pass = opcodes(main_loop(code).instructions)
+    assert opcodes_of_pass == ["MOV", "BRA", "LDS", "BRA", "STS", "BRA"]  # the shorter of both ways
+    products = opcodes(main_loop(code, working=["FFMA"]).instructions)
+    assert products == ["MOV", "BRA", "LDS", "BRA", "FFMA", "BRA", "BRA"]
+
+
 def test_code_for_divergent_warps_is_not_followed():
     code = code_of("FADD", "BRA.DIV ~URZ, 0x40", "@P0 BRA 0x0", "EXIT", "SHFL.BFLY", "BRA 0x20")
     assert opcodes(main_loop(code, "HMMA").instructions) == ["FADD", "BRA.DIV", "BRA"]
