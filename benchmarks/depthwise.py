@@ -26,7 +26,6 @@ from torch import Tensor
 from benchmarks.kernel_work import SHAPES, Shape
 from convnext_kernels import parity
 from convnext_kernels.backends import BackendError
-from convnext_kernels.cli.bench import full_float32
 from convnext_kernels.cli.errors import CommandError, at_least, names, writable
 from convnext_kernels.cli.machine import device_name, provenance
 from convnext_kernels.cli.measure import Timing, Work, measure_over, rotation
@@ -348,7 +347,9 @@ def measure_all(
 ) -> list[Row]:
     """Measures every case; after each the file holds what there is."""
     rows: list[Row] = []
-    with Progress(console=console(stderr=True), transient=True) as progress, full_float32():
+    # PyTorch's best algorithm, not its first; and float32 in full.
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
+    with Progress(console=console(stderr=True), transient=True) as progress, cudnn:
         for case in progress.track(cases, description="measuring"):
             rows += measure_case(case, device, rounds)
             if path is not None:
@@ -380,7 +381,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     cases = [Case(*case) for case in product(only, dtypes, batches, SHAPES)]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    torch.backends.cudnn.benchmark = True  # PyTorch's best algorithm, not its first
     header = {"device": device_name(device), "driver": driver(), "rounds": rounds, **provenance()}
     rows = measure_all(cases, device, rounds, header, path)
     if path is not None:
