@@ -22,8 +22,8 @@ struct LayerNormBackwardParams {
   // and they add nothing to the sums, whatever they hold.
   float const* drop_path_factor;
   void* grad_input;  // [tokens, channels], contiguous, or null if not wanted
-  // [layer_norm_backward_splits, 2, channels], or null if not wanted: grad_weight and grad_bias summed over a part of the
-  // tokens each. launch_partial_sums adds them up.
+  // [layer_norm_backward_splits, 2, channels], or null if not wanted: grad_weight and grad_bias, summed over a part of
+  // the tokens each. launch_partial_sums adds them up.
   float* partials;
   ElementType type;            // of grad_output, input and grad_input
   ElementType parameter_type;  // of weight: the same, or float32
@@ -35,7 +35,7 @@ struct LayerNormBackwardParams {
 // How many partial sums the launch writes: at least 1, a matter of type and sizes alone.
 std::int64_t layer_norm_backward_splits(LayerNormBackwardParams const& params);
 
-// Everything in float, in an order that type and sizes fix; grad_input is rounded once.
+// Everything in float, in an order that type, sizes and alignment to 16 bytes fix; grad_input is rounded once.
 //
 // Returns cudaErrorInvalidValue for channels below 1 or tokens below 0, else the launch's.
 cudaError_t launch_layer_norm_backward(LayerNormBackwardParams const& params, cudaStream_t stream);
