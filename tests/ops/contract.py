@@ -86,6 +86,8 @@ class Contract:
     """Of the examples."""
     more_cases: ClassVar[tuple[parity.Case, ...]] = ()
     """What the CUDA kernels are checked on besides `parity.cases`; on a GPU all kernels."""
+    more_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
+    """Of those cases: the 16-bit types share their code."""
     cheap_float16: ClassVar[tuple[str, ...] | None] = None
     """The cases that Triton's interpreter runs in float16; None for all."""
     special_values: ClassVar[tuple[float, ...]] = (torch.nan, torch.inf)
@@ -111,8 +113,10 @@ class Contract:
         values: dict[str, list[Any]] = {
             "example": examples,
             "small_case": parity.cases(self.operator, small=True),
-            "any_case": [*parity.cases(self.operator, small=False), *self.more_cases],
-            "kernel_call": [pytest.param(call, id="-".join(map(name_of, call))) for call in self.parity_calls()],
+            "kernel_call": [pytest.param(call, id="-".join(map(name_of, call))) for call in self.small_calls()],
+            "any_call": [
+                pytest.param(call, id="-".join(map(name_of, call))) for call in self.parity_calls(small=False)
+            ],
             "parameter": [name for name in examples[0].shapes if name not in ACTIVATIONS],
             "value": self.special_values,
             "layout": parity.LAYOUTS,
@@ -150,19 +154,21 @@ class Contract:
             ),
         ]
 
-    def parity_calls(self) -> list[tuple[str, parity.Case, torch.dtype]]:
-        """Backends, cases and dtypes of what kernels are held to where there is no GPU."""
-        small = parity.cases(self.operator, small=True)
+    def parity_calls(self, small: bool) -> list[tuple[parity.Case, torch.dtype]]:
+        """Cases and dtypes of what kernels are held to."""
+        every = [(case, dtype) for dtype in DTYPES for case in parity.cases(self.operator, small)]
+        return every + [(case, dtype) for dtype in self.more_dtypes for case in self.more_cases]
+
+    def small_calls(self) -> list[tuple[str, parity.Case, torch.dtype]]:
+        """Those of interpreter and emulator, both slow."""
         triton = [
             ("triton", case, dtype)
             for dtype in INTERPRETED_DTYPES
-            for case in small
+            for case in parity.cases(self.operator, small=True)
             if dtype == torch.float32 or self.cheap_float16 is None or case.name in self.cheap_float16
         ]
-        # The emulator is slow, too; the 16-bit types share their code.
-        cuda = [("cuda", case, dtype) for dtype in DTYPES for case in small]
-        cuda += [("cuda", case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in self.more_cases]
-        return [*triton, *(call for call in cuda if "cuda" in BACKENDS and self.takes(*call[:2]))]
+        cuda = self.parity_calls(small=True) if "cuda" in BACKENDS else []
+        return [*triton, *(("cuda", *call) for call in cuda if self.takes("cuda", call[0]))]
 
     def full(self, **sizes: int) -> parity.Case:
         """The example with all optional arguments."""
@@ -202,11 +208,11 @@ class Contract:
         assert_parity(case, dtype, device_of(backend), backend)
 
     @pytest.mark.gpu
-    def test_gpu_parity(self, any_case, dtype, kernels):
-        reasons = parity.unsupported(any_case, dtype, "cuda", kernels)
+    def test_gpu_parity(self, any_call, kernels):
+        reasons = parity.unsupported(*any_call, "cuda", kernels)
         if reasons:
             pytest.skip("; ".join(reasons))
-        assert_parity(any_case, dtype, "cuda", kernels)
+        assert_parity(*any_call, "cuda", kernels)
 
     def test_float32_parameters_of_16_bit_activations(self, example, backend):
         device = device_of(backend)

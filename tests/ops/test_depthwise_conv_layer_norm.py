@@ -21,6 +21,7 @@ class TestDepthwiseConvLayerNorm(Contract):
         filter_case("depthwise_conv2d_layer_norm", shape, size, ("norm_weight", "norm_bias"))
         for shape, size in [*((edge, 7) for edge in EDGES), ((1, 128, 5, 17), 3), ((3, 40, 2, 33), 5)]
     )
+    more_dtypes = (torch.bfloat16,)  # float32 is the two operators, one after the other
     spreading = ("grad weight",)  # PyTorch and tensor cores multiply by the zeros around the image
 
     @staticmethod
