@@ -16,14 +16,19 @@ __device__ __forceinline__ std::uint32_t shared_address(SharedPointer<T> pointer
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Starts the copy of one element of 4, 8 or 16 bytes from global memory; where not valid it writes zeros and reads
+// Starts the copy of one element of 4, 8 or 16 bytes from global memory; where `valid` is 0 it writes zeros and reads
 // nothing. The element is there after cp_async_wait, for other threads after a barrier that follows it.
 template <typename T>
-__device__ __forceinline__ void cp_async(SharedPointer<T> destination, T const* source, bool valid) {
+__device__ __forceinline__ void cp_async(SharedPointer<T> destination, T const* source, unsigned valid) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(destination)), "l"(source),
-               "n"(sizeof(T)), "r"(valid ? static_cast<int>(sizeof(T)) : 0)
-               : "memory");
+  asm volatile(
+      "{\n"
+      "  .reg .pred ignored;\n"
+      "  setp.eq.u32 ignored, %3, 0;\n"
+      "  cp.async.ca.shared.global [%0], [%1], %2, ignored;\n"
+      "}" ::"r"(shared_address(destination)),
+      "l"(source), "n"(sizeof(T)), "r"(valid)
+      : "memory");
 }
 
 // Closes the group of this thread's copies since the last commit.
