@@ -67,14 +67,14 @@ struct Staged {
   }
 };
 
-// Adds the token to the parameters' gradients; means[0] and [1] become the lane's part of the means of g and g x.
+// Adds the token to the parameters' gradients; sums[0] and [1] become the lane's part of the sums of g and g x.
 template <typename Element, int vector, int items>
 __device__ __forceinline__ void accumulate(float (&grad_weight)[items][vector], float (&grad_bias)[items][vector],
-                                           float (&means)[2], Staged<Element, vector, items> const& staged,
+                                           float (&sums)[2], Staged<Element, vector, items> const& staged,
                                            Statistics const& statistics,
                                            TokenShare<Element, vector, items> const& share,
-                                           ChannelFloats<vector> const& weights, float inverse_channels) {
-  means[0] = means[1] = 0.0f;
+                                           ChannelFloats<vector> const& weights) {
+  sums[0] = sums[1] = 0.0f;
 #pragma unroll
   for (int item = 0; item < items; ++item) {
     float grad[vector], input[vector], weight[vector];
@@ -85,12 +85,10 @@ __device__ __forceinline__ void accumulate(float (&grad_weight)[items][vector], 
       float const x = (input[i] - statistics.mean) * statistics.rstd, g = grad[i] * weight[i];
       grad_weight[item][i] += grad[i] * x;
       grad_bias[item][i] += grad[i];
-      means[0] += g;
-      means[1] += g * x;
+      sums[0] += g;
+      sums[1] += g * x;
     }
   }
-  means[0] *= inverse_channels;
-  means[1] *= inverse_channels;
 }
 
 template <typename Element, int vector, int items>
@@ -173,10 +171,11 @@ __global__ void __launch_bounds__(threads, items == NormTraits::most_items ? 2 :
     next = Statistics(params, token + step);
     Stage const staged(stages + round % 2 * Stage::vectors);
     Stage(stages + (round + 1) % 2 * Stage::vectors).start(share, params, next_offset, next.kept);
-    float means[2];
-    accumulate(grad_weight, grad_bias, means, staged, statistics, share, weights, inverse_channels);
+    float sums[2];
+    accumulate(grad_weight, grad_bias, sums, staged, statistics, share, weights);
     if (params.grad_input) {
-      sum_over_lanes(means, share.lanes, round_scratch(scratch, round));
+      sum_over_lanes(sums, share.lanes, round_scratch(scratch, round));
+      float const means[2] = {sums[0] * inverse_channels, sums[1] * inverse_channels};
       if (token < params.tokens) {
         store_grad_input(static_cast<Element*>(params.grad_input) + offset, staged, statistics, means, share, weights);
       }
@@ -204,13 +203,14 @@ __device__ void store_grad_inputs_long(LayerNormBackwardParams const& params) {
       float const weight = params.weight ? parameter_at<Element>(params.weight, params.parameter_type, c) : 1.0f;
       return {to_float(grad_output[c]) * weight, (to_float(input[c]) - statistics.mean) * statistics.rstd};
     };
-    float means[2] = {0.0f, 0.0f};
+    float sums[2] = {0.0f, 0.0f};
     for (int c = threadIdx.x; statistics.kept && c < params.channels; c += threads) {
       float2 const values = g_and_x(c);
-      means[0] += values.x / params.channels;
-      means[1] += values.x * values.y / params.channels;
+      sums[0] += values.x;
+      sums[1] += values.x * values.y;
     }
-    sum_over_lanes(means, threads, round_scratch(scratch, round++));
+    sum_over_lanes(sums, threads, round_scratch(scratch, round++));
+    float const means[2] = {sums[0] / params.channels, sums[1] / params.channels};
     for (int c = threadIdx.x; c < params.channels; c += threads) {
       float value = 0.0f;
       if (statistics.kept) {

@@ -187,8 +187,8 @@ struct ChannelFloats {
 
 inline bool aligned_to_vectors(void const* tensor) { return reinterpret_cast<std::uintptr_t>(tensor) % 16 == 0; }
 
-// Calls Kernels::launch<vector, items>(params, tiling, stream), with full vectors where tensors are `aligned` to them and
-// channels are whole vectors; Kernels::launch_long(params, stream) where a token does not fit into registers.
+// Calls Kernels::launch<vector, items>(params, tiling, stream), with full vectors where tensors are `aligned` to them
+// and channels are whole vectors; Kernels::launch_long(params, stream) where a token does not fit into registers.
 template <typename Kernels, typename Params>
 cudaError_t launch_tiled(Params const& params, bool aligned, cudaStream_t stream) {
   constexpr int vector = full_vector<typename Kernels::Element>, most_items = NormTraits::most_items;
