@@ -126,19 +126,23 @@ def _filter_gradient(size: int) -> Work:
     """csrc/depthwise_conv/filter_gradient_tensor_cores.cu, an output being an element of grad_output
 
     A step takes a row of 128 pixels, 2 channels of each in a warp; the loop is unrolled over `size` steps. A strip
-    takes size // 2 steps more than it has rows.
+    takes size // 2 steps more than it has rows. Shared memory: four steps of 16 segments of both tensors, and 64 bytes
+    of each thread's for the next strip.
     """
+    shared = 4 * (16 * 600 + 16 * 296) + 256 * 64
 
     def passes(shape: Shape) -> float:
         images = 16 // _strip_segments(shape.size, 16)
         return (shape.size + size // 2) / size / (2 * images * shape.size**2)
 
-    # Copies meet a bank twice; one in nine is for images of more than one strip. What loads factors of drop path (LDG)
-    # runs once a strip.
-    working = tuple(name for name in WORKING if name != "LDG")
-    loop = Loop(passes, copies=lambda shape: 2 * 8 / 9, working=working)
-    slow = "every copy of 4 bytes adds its offset and tests its bit, and of 64 columns of segments 56 are in use"
-    return Work((loop,), bytes=4, dynamic_shared=lambda _: 4 * (16 * 600 + 16 * 296), matrix=True, slow=slow)
+    # One copy in nine is for images of more than one strip; going on to the next strip is rare.
+    loop = Loop(passes, copies=lambda shape: 8 / 9, working=("HMMA", "LDGSTS"))
+    slow = (
+        "each copy of 4 bytes adds its offset and tests its bit; small maps end with steps for their last rows alone"
+        if size > 3
+        else ""
+    )
+    return Work((loop,), bytes=4, dynamic_shared=lambda _: shared, matrix=True, slow=slow)
 
 
 def _filter_gradient_on_cuda_cores(size: int) -> Work:

@@ -169,6 +169,7 @@ class Kernel:
     shared: int
     threads: int | None
     loop: bool
+    local_memory: int  # accesses in the main loop, to what spilled or is an array that registers cannot hold
     instructions: dict[str, int]
     memory_instructions: dict[str, int]
     predicted: list[Prediction] = field(default_factory=list)
@@ -225,6 +226,7 @@ def describe(source: str, code: MachineCode) -> Kernel:
         shared=code.shared,
         threads=code.threads,
         loop=loop.found,
+        local_memory=sum(_is(instruction, ("LDL", "STL")) for instruction in body),
         instructions={"all": len(body), **counts},
         memory_instructions=dict(sorted(Counter(i.opcode for i in body if _is(i, memory)).items())),
         predicted=[_predict(code, work, shape) for shape in SHAPES if work.runs(shape)] if work else [],
@@ -234,8 +236,10 @@ def describe(source: str, code: MachineCode) -> Kernel:
 def failures(kernel: Kernel) -> list[str]:
     """What is wrong with a compiled kernel; a reason that the table gives excuses few blocks or a slow pipe."""
     found = []
-    if kernel.spills or kernel.stack:
-        found.append(f"spills: {kernel.spills} bytes, and {kernel.stack} bytes of stack")
+    if kernel.spills:
+        found.append(f"{kernel.spills} bytes of spills")
+    if kernel.local_memory:
+        found.append(f"{kernel.local_memory} accesses to local memory in the main loop")
     work = work_of(kernel.kernel)
     if work is None:
         return found

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -114,8 +115,9 @@ class TestPlantedKernels:
     def test_spills_are_found(self, planted, architecture):
         code = planted["spilling", architecture]
         assert code.registers <= 32 and code.spill_stores > 0 < code.spill_loads
-        (failure,) = failures(describe("planted.cu", code))
-        assert failure.startswith("spills: ")
+        spilled, accesses = failures(describe("planted.cu", code))
+        assert spilled == f"{code.spill_stores + code.spill_loads} bytes of spills"
+        assert "accesses to local memory" in accesses
 
     def test_without_a_loop_the_whole_kernel_counts(self, planted, architecture):
         kernel = describe("planted.cu", planted["straight", architecture])
@@ -236,6 +238,7 @@ GOOD = Kernel(
     shared=1024,
     threads=256,
     loop=True,
+    local_memory=0,
     instructions={"all": 100, "matrix": 8},
     memory_instructions={"LDS": 4},
     predicted=[Prediction(96, 56, 0, 2, {"issue": 0.2, "tensor": 0.1}, 0.3)],
@@ -263,8 +266,8 @@ def test_a_good_kernel_passes():
 @pytest.mark.parametrize(
     ("bad", "expected"),
     [
-        (replace(GOOD, spills=16), ["spills: 16 bytes, and 0 bytes of stack"]),
-        (replace(GOOD, kernel="unknown", stack=8), ["spills: 0 bytes, and 8 bytes of stack"]),
+        (replace(GOOD, spills=16), ["16 bytes of spills"]),
+        (replace(GOOD, kernel="unknown", local_memory=2), ["2 accesses to local memory in the main loop"]),
         (replace(GOOD, instructions={"all": 9, "matrix": 0}), ["no matrix instruction in the main loop"]),
         (
             SLOW,
@@ -297,8 +300,8 @@ def test_the_report_is_a_table_and_json(tmp_path, monkeypatch, capsys):
     path = tmp_path / "report.json"
     assert main(["--architectures", "80", "--json", str(path)]) == 1
     printed = capsys.readouterr().out
-    assert "FAILED spilling for sm_80: spills" in printed and "few bytes" in printed
-    assert "3 kernels compiled, 1 failures" in printed
+    assert "FAILED spilling for sm_80: " in printed and "few bytes" in printed
+    assert "3 kernels compiled, 2 failures" in printed
     content = json.loads(path.read_text())
     assert {"nvcc", "versions", "commit", "date", "assumed", "reasons", "kernels"} <= content.keys()
     kernels = {kernel["kernel"]: kernel for kernel in content["kernels"]}
@@ -309,6 +312,13 @@ def test_the_report_is_a_table_and_json(tmp_path, monkeypatch, capsys):
     assert predicted[0]["clocks"]["issue"] == pytest.approx(
         kernels["sums<float, 4>"]["instructions"]["all"] / 4 / 128 / 96
     )
+
+
+def test_the_stored_report_is_of_these_kernels():
+    stored = json.loads((Path(static_report.__file__).parent / "results" / "static_report.json").read_text())
+    assert {kernel["source"] for kernel in stored["kernels"]} == set(sources())
+    assert {kernel["architecture"] for kernel in stored["kernels"]} == set(DEVICES)
+    assert all(kernel["spills"] == kernel["local_memory"] == 0 for kernel in stored["kernels"])
 
 
 @pytest.mark.parametrize(
