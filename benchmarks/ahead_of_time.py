@@ -215,6 +215,7 @@ def _mlp_cases(channels: Iterable[int], quick: bool) -> list[Case]:
     block = (*biases, "layer_scale", "drop_path_factor", "residual")
     block2 = (*biases, "grn_weight", "grn_bias", "drop_path_factor", "residual")
     cases = [case(f"{width} channels", width, block) for width in channels]
+    cases += [case(f"{width} channels, recomputed", width, block, recompute_hidden=True) for width in channels]
     cases.append(case("GRN", 96, block2))
     if quick:
         return cases
@@ -227,6 +228,9 @@ def _mlp_cases(channels: Iterable[int], quick: bool) -> list[Case]:
         case("drop path, no scale", 96, (*biases, "drop_path_factor", "residual")),
         case("no bias, scale or residual", 96, ()),
         case("tanh", 96, block, activation="gelu_tanh"),
+        case("recomputed, no bias, scale or drop path", 96, ("residual",), recompute_hidden=True),
+        case("recomputed, tanh", 96, block, activation="gelu_tanh", recompute_hidden=True),
+        case("recomputed, GRN", 96, block2, recompute_hidden=True),
     ]
 
 

@@ -29,6 +29,7 @@ class ConvNeXtBlock(ReferenceBlock):
         eps: epsilon of the layer norm.
         activation: "gelu" (exact) or "gelu_tanh".
         conv_bias: whether the depthwise convolution has a bias.
+        recompute_hidden: save no pre-activation for backward, which then computes it again; see `functional.mlp`.
         backend: "auto", "cuda", "triton" or "reference"; None takes that of `use_backend` at each call.
 
     Shapes: [N, C, H, W] to the same, any H and W. Channels-last memory is native, contiguous NCHW is converted, the
@@ -55,6 +56,7 @@ class ConvNeXtBlock(ReferenceBlock):
         eps: float = 1e-6,
         activation: str = "gelu",
         conv_bias: bool = True,
+        recompute_hidden: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -69,6 +71,7 @@ class ConvNeXtBlock(ReferenceBlock):
             activation=activation,
             conv_bias=conv_bias,
         )
+        self.recompute_hidden = recompute_hidden
         self.backend = None if backend is None else check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -97,5 +100,6 @@ class ConvNeXtBlock(ReferenceBlock):
             grn_bias=None if grn is None else grn.beta.flatten(),
             grn_eps=1e-6 if grn is None else grn.eps,
             activation=self.activation,
+            recompute_hidden=self.recompute_hidden,
             backend=self.backend,
         )

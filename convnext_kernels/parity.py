@@ -151,6 +151,7 @@ def _mlp(
     grn_bias: Tensor | None = None,
     grn_eps: float = 1e-6,
     activation: str = "gelu",
+    recompute_hidden: bool = False,  # changes what is saved, and no value
 ) -> Tensor:
     rows = input.permute(0, 2, 3, 1) if input.dim() == 4 else input
     rows = F.gelu(F.linear(rows, weight1, bias1), approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -305,6 +306,10 @@ def _mlp_cases(small: bool) -> list[Case]:
     grn = {"grn_weight": (hidden,), "grn_bias": (hidden,)}
     cases.append(Case("mlp", "no bias, scale or residual", matrices))
     cases.append(Case("mlp", "tanh, contiguous", {**matrices, **biases}, {"activation": "gelu_tanh"}, "contiguous"))
+    recompute = {"recompute_hidden": True}
+    block = {"layer_scale": (width,), "drop_path_factor": (3,), "residual": image}
+    cases.append(Case("mlp", "recomputed", {**matrices, **biases, **block}, recompute))
+    cases.append(Case("mlp", "recomputed, GRN", {**matrices, **biases, **grn, "residual": image}, recompute))
     cases.append(
         Case("mlp", "drop path only, sliced", {**matrices, **biases, "drop_path_factor": (3,)}, layout="sliced")
     )

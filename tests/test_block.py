@@ -3,6 +3,7 @@ import io
 import pickle
 
 import pytest
+import timm
 import torch
 from support import randomise, relative_error
 
@@ -247,3 +248,31 @@ def test_block_is_two_operators():
     operators = [name.split(".")[1] for name in called if name.startswith("convnext_kernels.")]
     assert operators == ["depthwise_conv2d_layer_norm", "mlp"]
     assert not [name for name in called if "conv" in name and not name.startswith("convnext_kernels.")]
+
+
+def saved_bytes(block, input):
+    """Of all that autograd keeps for backward, but for the input and the parameters; each memory counted once."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (input, *block.parameters())}
+    saved = {}
+
+    def note(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in known:
+            saved[memory.data_ptr()] = memory.nbytes()
+        held.append(tensor)  # no address is used twice
+        return tensor
+
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        block(input)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize(("recompute", "most"), [(False, 0.55), (True, 0.2)])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_what_is_saved_is_a_fraction_of_what_timm_saves(version, recompute, most):
+    grn = version == "v2"
+    ours = ConvNeXtBlock(96, recompute_hidden=recompute, use_grn=grn, layer_scale_init_value=None if grn else 1.0)
+    theirs = timm.models.convnext.ConvNeXtBlock(96, use_grn=grn, ls_init_value=None if grn else 1.0)
+    input = torch.randn(2, 96, 24, 24, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    assert saved_bytes(ours, input.requires_grad_()) <= most * saved_bytes(theirs, input)

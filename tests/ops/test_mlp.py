@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from contract import Contract
-from support import arguments_of, assert_far_images_are_right, device_of, evaluate, relative_error
+from support import arguments_of, assert_far_images_are_right, assert_same, device_of, evaluate, relative_error
 
 from convnext_kernels.functional import mlp
 from convnext_kernels.parity import Case
@@ -27,6 +27,7 @@ class TestMLP(Contract):
         return [
             Case("mlp", "all", {**v1, **grn}, {"grn_eps": 1e-5}),
             Case("mlp", "V1", v1),
+            Case("mlp", "V1, recomputed", v1, {"recompute_hidden": True}),
             Case("mlp", "V2 tokens", {"input": tokens, **matrices, **biases, **grn, "residual": tokens}),
             Case(
                 "mlp",
@@ -36,6 +37,26 @@ class TestMLP(Contract):
             ),
             Case("mlp", "tokens", {"input": tokens, **matrices}, {"bias1": None, "bias2": None}),
         ]
+
+    @pytest.mark.parametrize("grn", [False, True])
+    def test_recomputing_changes_no_bit(self, backend, grn):
+        arguments = arguments_of(self.full(), device=device_of(backend))
+        if not grn:
+            arguments |= {"grn_weight": None, "grn_bias": None}
+        recomputed = evaluate(self.on(backend, recompute_hidden=True), arguments)
+        assert_same(recomputed, evaluate(self.on(backend), arguments))
+
+    def test_what_triton_drops_may_hold_anything(self, value):
+        """Rows of dropped images alone are skipped, so these are more than a tile."""
+        case = self.full(batch=2, height=16, width=16)
+        arguments = arguments_of(case, device=device_of("triton")) | {"grn_weight": None, "grn_bias": None}
+        arguments["drop_path_factor"] = torch.tensor([1.25, 0.0], device=arguments["input"].device)
+        expected = evaluate(self.on("triton"), arguments)
+        arguments["input"] = arguments["input"].detach().clone()
+        arguments["input"][1] = value
+        arguments["input"].requires_grad_()
+        got = evaluate(self.on("triton", recompute_hidden=True), arguments)
+        assert torch.equal(got["output"], expected["output"])
 
     @pytest.mark.parametrize("given", ["grn_weight", "grn_bias"])
     def test_half_a_response_norm(self, given):

@@ -45,8 +45,11 @@ class Epilogue(NamedTuple):
     """What is done to a product before it is stored, in this order; None leaves a step out.
 
     bias [columns] is added; `pre_activation` receives the sum, before `activation`; or, with `derivative`, the product
-    is multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. Then
-    column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual` is added.
+    is multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. There the
+    pre-activation may also be `recomputed`, a second product of the same shape whose first operand has the first one's
+    strides, plus the bias. Then column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual` is
+    added. Tiles whose rows have no other row_scale than 0 are not multiplied; with `scale_rows` false that is all it
+    does.
     """
 
     bias: Tensor | None = None
@@ -54,9 +57,11 @@ class Epilogue(NamedTuple):
     pre_activation: Tensor | None = None
     derivative: bool = False
     hidden: Tensor | None = None
+    recomputed: tuple[Matrix, Matrix] | None = None
     column_scale: Tensor | None = None
     row_scale: Tensor | None = None
     rows_per_scale: int = 1
+    scale_rows: bool = True
     residual: Tensor | None = None
 
 
@@ -81,6 +86,8 @@ def _column_offsets(columns, stride, PATCH: tl.constexpr, width, channels):
 def matmul_kernel(
     a_ptr,
     b_ptr,
+    second_a_ptr,
+    second_b_ptr,
     out_ptr,
     bias_ptr,
     pre_activation_ptr,
@@ -99,6 +106,8 @@ def matmul_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    stride_second_bk,
+    stride_second_bn,
     stride_om,
     stride_on,
     patch_rows,
@@ -111,6 +120,7 @@ def matmul_kernel(
     OUT_PATCH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DERIVATIVE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -132,9 +142,13 @@ def matmul_kernel(
     b_columns = _column_offsets(n, stride_bn, B_PATCH, width, channels)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     row_sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
     start = split * inner_per_split
     end = min(start + inner_per_split, inner)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + m // rows_per_scale, mask=m_mask, other=0.0).to(tl.float32)
+        end = tl.where(tl.max(tl.abs(row_scale)) > 0, end, start)
     for offset in range(start, end, BLOCK_K):
         k = offset + tl.arange(0, BLOCK_K)
         k_mask = k < end
@@ -148,25 +162,36 @@ def matmul_kernel(
         if row_sums_ptr is not None:
             row_sums += tl.sum(a.to(tl.float32), axis=1)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+        if second_a_ptr is not None:
+            b_offsets = k.to(tl.int64)[:, None] * stride_second_bk + n.to(tl.int64)[None, :] * stride_second_bn
+            a = tl.load(second_a_ptr + a_offsets, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
+            b = tl.load(second_b_ptr + b_offsets, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+            second = tl.dot(a, b, second, input_precision=PRECISION)
 
     mask = m_mask[:, None] & n_mask[None, :]
     dense = m.to(tl.int64)[:, None] * columns + n[None, :]
     if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if DERIVATIVE:
+            second += bias
+        else:
+            accumulator += bias
     if DERIVATIVE:
-        pre_activation = tl.load(pre_activation_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        if second_a_ptr is None:
+            pre_activation = tl.load(pre_activation_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        else:
+            pre_activation = second.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # as it would have been saved
         accumulator *= gelu_derivative(pre_activation, ACTIVATION)
-        if hidden_ptr is not None:
-            hidden = gelu(pre_activation, ACTIVATION)
-            tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        hidden = gelu(pre_activation, ACTIVATION)
+        tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
     elif ACTIVATION is not None:
         if pre_activation_ptr is not None:
             tl.store(pre_activation_ptr + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
         accumulator = gelu(accumulator, ACTIVATION)
     if column_scale_ptr is not None:
         accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if row_scale_ptr is not None:
-        accumulator *= tl.load(row_scale_ptr + m // rows_per_scale, mask=m_mask, other=0.0).to(tl.float32)[:, None]
+    if row_scale_ptr is not None and SCALE_ROWS:
+        accumulator *= row_scale[:, None]
     if residual_ptr is not None:
         accumulator += tl.load(residual_ptr + dense, mask=mask, other=0.0).to(tl.float32)
 
@@ -195,6 +220,7 @@ def _launch(
 ) -> None:
     rows, columns, inner = shape
     patch = a.patch or b.patch or out.patch
+    second_a, second_b = epilogue.recomputed or (None, None)
     images = next((operand.tensor for operand in (a, b, out) if operand.patch), None)
     _, height, width, channels = (1, 1, 1, 1) if images is None else images.shape
     per_split = round_up(-(-inner // splits), config.block_k)
@@ -204,6 +230,8 @@ def _launch(
         (tiles, splits),
         a.tensor,
         b.tensor,
+        second_a and second_a.tensor,
+        second_b and second_b.tensor,
         out.tensor,
         epilogue.bias,
         epilogue.pre_activation,
@@ -220,6 +248,7 @@ def _launch(
         epilogue.rows_per_scale,
         *a[1:3],
         *b[1:3],
+        *(second_b[1:3] if second_b else (0, 0)),
         *out[1:3],
         height // patch if patch else 1,
         width // patch if patch else 1,
@@ -231,6 +260,7 @@ def _launch(
         OUT_PATCH=out.patch,
         ACTIVATION=epilogue.activation and gelu_form(epilogue.activation, a.tensor.dtype),
         DERIVATIVE=epilogue.derivative,
+        SCALE_ROWS=epilogue.scale_rows,
         PRECISION=float32_precision(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

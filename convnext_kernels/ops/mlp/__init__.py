@@ -47,6 +47,7 @@ def mlp(
     grn_bias: Tensor | None = None,
     grn_eps: float = 1e-6,
     activation: str = "gelu",
+    recompute_hidden: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The second half of a ConvNeXt block, per token (pixel) u of image n:
@@ -56,6 +57,7 @@ def mlp(
     where grn, the `global_response_norm` of ConvNeXt V2, and every term given as None are left out. Products of 16-bit
     tensors accumulate in float32; those of float32 tensors follow PyTorch's TF32 setting
     (`torch.set_float32_matmul_precision`). Saves for backward, when a gradient is asked for, input and pre-activation.
+    What is multiplied by a factor of 0 need not be computed, and what it holds then, NaN included, has no effect.
 
     Args:
         input: images [N, C, H, W] or tokens [N, L, C], float16, bfloat16, float32 (float64: reference only).
@@ -68,6 +70,8 @@ def mlp(
         residual: shape and dtype of the input, or None.
         grn_weight, grn_bias: [hidden], both or neither. grn_eps: added to the mean norm.
         activation: "gelu" (exact, erf) or "gelu_tanh".
+        recompute_hidden: backward computes the pre-activation [tokens, hidden] again, from the input, and it is not
+            saved: most of what a block saves, for a sixth more arithmetic forward and backward.
         backend: "auto", "cuda", "triton" or "reference"; None takes that of `use_backend`.
 
         All parameters: float32 or the input's dtype.
@@ -112,6 +116,7 @@ def mlp(
         grn_bias,
         grn_eps,
         activation,
+        recompute_hidden,
         False,
         requested_backend(backend),
     )[0]

@@ -33,6 +33,7 @@ def _fake_forward(
     grn_bias: Tensor | None,
     grn_eps: float,
     activation: str,
+    recompute_hidden: bool,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -45,8 +46,9 @@ def _fake_forward(
 def _fake_backward(
     grad_output: Tensor,
     input: Tensor,
-    pre_activation: Tensor,
+    pre_activation: Tensor | None,
     weight1: Tensor,
+    bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
     layer_scale: Tensor | None,
@@ -74,7 +76,7 @@ FORWARD = define(
     "forward",
     "(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? layer_scale,"
     " Tensor? drop_path_factor, Tensor? residual, Tensor? grn_weight, Tensor? grn_bias, float grn_eps, str activation,"
-    " bool save, str backend) -> (Tensor, Tensor)",
+    " bool recompute_hidden, bool save, str backend) -> (Tensor, Tensor)",
     fake=_fake_forward,
     limits=lambda *_: LIMITS,
 )
@@ -83,8 +85,8 @@ BACKWARD = define(
     "mlp",
     "mlp_backward",
     "backward",
-    "(Tensor grad_output, Tensor input, Tensor pre_activation, Tensor weight1, Tensor weight2, Tensor? bias2,"
-    " Tensor? layer_scale, Tensor? drop_path_factor, Tensor? grn_weight, Tensor? grn_bias, float grn_eps,"
+    "(Tensor grad_output, Tensor input, Tensor? pre_activation, Tensor weight1, Tensor? bias1, Tensor weight2,"
+    " Tensor? bias2, Tensor? layer_scale, Tensor? drop_path_factor, Tensor? grn_weight, Tensor? grn_bias, float grn_eps,"
     " str activation, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
@@ -108,17 +110,18 @@ class _MLP(torch.autograd.Function):
         grn_bias: Tensor | None,
         grn_eps: float,
         activation: str,
+        recompute_hidden: bool,
         save: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        save = not recompute_hidden
         parameters = (weight1, bias1, weight2, bias2, layer_scale)
         grn = (grn_weight, grn_bias)
         output, pre_activation = below_autograd(
-            FORWARD, input, *parameters, drop_path_factor, residual, *grn, grn_eps, activation, True, backend
+            FORWARD, input, *parameters, drop_path_factor, residual, *grn, grn_eps, activation, False, save, backend
         )
-        ctx.save_for_backward(
-            input, pre_activation, weight1, weight2, bias2, layer_scale, drop_path_factor, grn_weight, grn_bias
-        )
+        saved = pre_activation if save else None
+        ctx.save_for_backward(input, saved, *parameters, drop_path_factor, *grn)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(pre_activation)
         ctx.grn_eps, ctx.activation, ctx.backend = grn_eps, activation, backend
@@ -133,7 +136,7 @@ class _MLP(torch.autograd.Function):
         gradients = BACKWARD(grad_output, *ctx.saved_tensors, ctx.grn_eps, ctx.activation, wanted, ctx.backend)
         *branch, grad_grn_weight, grad_grn_bias = requested_gradients(gradients, wanted, ctx.dtypes)
         grad_residual = grad_output if needs[7] else None
-        return *branch, None, grad_residual, grad_grn_weight, grad_grn_bias, None, None, None, None
+        return *branch, None, grad_residual, grad_grn_weight, grad_grn_bias, None, None, None, None, None
 
 
 differentiate(FORWARD, _MLP)

@@ -69,6 +69,7 @@ def forward(
     grn_bias: Tensor | None,
     grn_eps: float,
     activation: str,
+    recompute_hidden: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output, and where `save` asks for it the pre-activation [N, ..., hidden]; see `mlp`."""
@@ -97,8 +98,9 @@ def forward(
 def backward(
     grad_output: Tensor,
     input: Tensor,
-    pre_activation: Tensor,
+    pre_activation: Tensor | None,
     weight1: Tensor,
+    bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
     layer_scale: Tensor | None,
@@ -116,9 +118,12 @@ def backward(
         dv = gs diag(layer_scale) weight2,  dh = grn'(dv),  dp = dh * gelu'(p)
         grad_input = dp weight1,  grad_weight1 = dp' u,  grad_bias1 = sum(dp)
 
-    and `parameter_gradients` of gs' v for the others.
+    and `parameter_gradients` of gs' v for the others. A pre-activation that was not saved is computed again.
     """
     rows, grads, statistics = to_channels_last(input), to_channels_last(grad_output), statistics_dtype(input)
+    if pre_activation is None:
+        bias1 = None if bias1 is None else bias1.to(input.dtype)
+        pre_activation = linear(rows, weight1.to(input.dtype), bias1)
     if drop_path_factor is not None:
         grads = (grads * image_factor(grads, drop_path_factor)).to(input.dtype)
     grads, pre_activation = grads.flatten(0, -2), pre_activation.flatten(1, -2)

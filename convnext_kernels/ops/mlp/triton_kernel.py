@@ -28,6 +28,7 @@ def forward(
     grn_bias: Tensor | None,
     grn_eps: float,
     activation: str,
+    recompute_hidden: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
@@ -41,7 +42,14 @@ def forward(
         matrix(weight1.to(dtype)).transposed,
         matrix(hidden.flatten(0, -2)),
         (count, hidden_width, width),
-        Epilogue(bias=bias1, activation=activation, pre_activation=pre_activation),
+        Epilogue(
+            bias=bias1,
+            activation=activation,
+            pre_activation=pre_activation,
+            row_scale=drop_path_factor,
+            rows_per_scale=_per_image(rows),
+            scale_rows=False,
+        ),
     )
     if grn_weight is not None and grn_bias is not None:
         hidden, _ = response_norm.forward(hidden.flatten(1, -2), grn_weight, grn_bias, grn_eps)
@@ -65,8 +73,9 @@ def forward(
 def backward(
     grad_output: Tensor,
     input: Tensor,
-    pre_activation: Tensor,
+    pre_activation: Tensor | None,
     weight1: Tensor,
+    bias1: Tensor | None,
     weight2: Tensor,
     bias2: Tensor | None,
     layer_scale: Tensor | None,
@@ -77,24 +86,32 @@ def backward(
     activation: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """As the reference's `backward`, with the stochastic-depth factor in an epilogue and a prologue, not in a pass."""
+    """As the reference's `backward`, with the stochastic-depth factor in an epilogue and a prologue, not in a pass.
+
+    A pre-activation that was not saved is a second product in the kernel that needs it; with grn, a product before.
+    """
     rows, grads, dtype = to_channels_last(input), to_channels_last(grad_output).flatten(0, -2), input.dtype
     tokens, (hidden_width, width) = rows.flatten(0, -2), weight1.shape
     count, per_image = tokens.shape[0], _per_image(rows)
-    pre_activation = pre_activation.flatten(1, -2)
+    shape, first_product = (count, hidden_width, width), (matrix(tokens), matrix(weight1.to(dtype)).transposed)
     gradients = [nothing(input) for _ in wanted]
 
-    grad_pre, hidden = torch.empty_like(pre_activation), torch.empty_like(pre_activation)
+    grad_pre, hidden = (rows.new_empty((rows.shape[0], per_image, hidden_width)) for _ in range(2))
     epilogue = Epilogue(row_scale=drop_path_factor, rows_per_scale=per_image)
     if grn_weight is None:
-        epilogue = epilogue._replace(
-            activation=activation, pre_activation=pre_activation, derivative=True, hidden=hidden
-        )
+        epilogue = epilogue._replace(activation=activation, derivative=True, hidden=hidden)
+        if pre_activation is None:
+            epilogue = epilogue._replace(recomputed=first_product, bias=bias1)
+        else:
+            epilogue = epilogue._replace(pre_activation=pre_activation)
+    elif pre_activation is None:
+        pre_activation = torch.empty_like(hidden)
+        matmul(*first_product, matrix(pre_activation.flatten(0, 1)), shape, Epilogue(bias=bias1))
     weight = matrix(scaled_weight2(weight2, layer_scale).to(dtype))
-    matmul(matrix(grads), weight, matrix(grad_pre.flatten(0, 1)), (count, hidden_width, width), epilogue)
+    matmul(matrix(grads), weight, matrix(grad_pre.flatten(0, 1)), shape, epilogue)
 
-    if grn_weight is not None and grn_bias is not None:
-        approximate = APPROXIMATE[activation]
+    if grn_weight is not None and grn_bias is not None and pre_activation is not None:
+        approximate, pre_activation = APPROXIMATE[activation], pre_activation.view(hidden.shape)
         activated = torch.nn.functional.gelu(pre_activation, approximate=approximate)
         hidden, norms = response_norm.forward(activated, grn_weight, grn_bias, grn_eps)
         grad_hidden, gradients[6], gradients[7] = response_norm.backward(
