@@ -46,10 +46,9 @@ class Epilogue(NamedTuple):
 
     bias [columns] is added; `pre_activation` receives the sum, before `activation`; or, with `derivative`, the product
     is multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. There the
-    pre-activation may also be `recomputed`, a second product of the same shape whose first operand has the first one's
-    strides, plus the bias. Then column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual` is
-    added. Tiles whose rows have no other row_scale than 0 are not multiplied; with `scale_rows` false that is all it
-    does.
+    pre-activation may also be `recomputed`: a second product of the same shape, whose first operand has the first one's
+    strides, plus the bias. Then column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual`
+    is added. Tiles whose rows all have the row_scale 0 are not multiplied; with `scale_rows` false that is all it does.
     """
 
     bias: Tensor | None = None

@@ -86,8 +86,8 @@ BACKWARD = define(
     "mlp_backward",
     "backward",
     "(Tensor grad_output, Tensor input, Tensor? pre_activation, Tensor weight1, Tensor? bias1, Tensor weight2,"
-    " Tensor? bias2, Tensor? layer_scale, Tensor? drop_path_factor, Tensor? grn_weight, Tensor? grn_bias, float grn_eps,"
-    " str activation, bool[] wanted, str backend)"
+    " Tensor? bias2, Tensor? layer_scale, Tensor? drop_path_factor, Tensor? grn_weight, Tensor? grn_bias,"
+    " float grn_eps, str activation, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     limits=lambda *_: LIMITS,
