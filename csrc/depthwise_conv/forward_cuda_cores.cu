@@ -137,7 +137,7 @@ __device__ __forceinline__ void convolve_strip(DepthwiseConvForwardParams const&
       load_row<Traits>(next, input, strides.pixel, row + 1 < place.end_row + Traits::radius ? inside(row + 1) : 0u);
 #pragma unroll
       for (int column = 0; column < Traits::columns; ++column) {
-        sums[phase][column] = filter.bias;
+        sums[phase][column] = 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < size; ++i) {
@@ -151,7 +151,12 @@ __device__ __forceinline__ void convolve_strip(DepthwiseConvForwardParams const&
         }
       }
       if (row - Traits::radius >= place.first_row) {
-        store_row<Traits>(params, sums[(phase + 1) % size], output, params.width - place.x);
+        float(&done)[Traits::columns] = sums[(phase + 1) % size];
+#pragma unroll
+        for (int column = 0; column < Traits::columns; ++column) {
+          done[column] += filter.bias;  // last, or every product's sum would be rounded at the bias's scale
+        }
+        store_row<Traits>(params, done, output, params.width - place.x);
       }
       output += params.output_strides.row;
       if (row + 1 >= place.end_row + Traits::radius) {
