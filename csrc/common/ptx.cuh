@@ -11,6 +11,11 @@
 
 namespace convnext_kernels {
 
+// Makes the compiler hold the value from here on, in place of computing it again from what it was made of.
+__device__ __forceinline__ void keep(std::uint32_t& value) { asm volatile("" : "+r"(value)); }
+
+__device__ __forceinline__ void keep(char const*& value) { asm volatile("" : "+l"(value)); }
+
 template <typename T>
 __device__ __forceinline__ std::uint32_t shared_address(SharedPointer<T> pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));

@@ -1,6 +1,8 @@
-// A block walks down the rows of 8 segments (of one image, or of several where these are narrow), each warp with two
-// channels; see toeplitz.cuh. A step takes two input rows, which meet K/2 + 1 pairs of output rows: these wait in a ring
-// of accumulators, so that every input is loaded once.
+// A block walks down the rows of 16 segments (of one image, or of several where these are narrow), each warp with two
+// channels; see toeplitz.cuh. A step takes one input row, 16 segments X of 16 inputs, which meets K output rows: the
+// products X T_i' are added to these in a ring of accumulators, so that every input is loaded once.
+#include <type_traits>
+
 #include "common/launch.cuh"
 #include "depthwise_conv/paths.h"
 #include "depthwise_conv/toeplitz.cuh"
@@ -12,36 +14,42 @@ template <typename Element, int kernel_size, bool has_residual_>
 struct Traits : ToeplitzTraits<Element, kernel_size> {
   using Base = ToeplitzTraits<Element, kernel_size>;
   static constexpr bool has_residual = has_residual_;
-  static constexpr int live_pairs = Base::radius + 1;  // pairs of output rows that a step's input rows take part in
+  static constexpr int segments = 16;     // M of the product
+  static constexpr int output_shift = 7;  // log2 of the outputs in a row
+  static constexpr int output_pixels = segments * Base::segment;
+  static constexpr int passes = output_pixels / 32;  // of a thread over a row, 32 pixels and 8 words at once
   static constexpr int most_rows = 64;  // of outputs in a block; each split reads 2 radius input rows again
+  static constexpr int stages = 5;
 
-  static constexpr int input_row = Base::input_pixels * Base::pixel_stride;
-  static constexpr int stage = 2 * input_row;
-  // A multiple of live_pairs, so that in a loop unrolled by it every place in both rings is a constant.
-  static constexpr int stages = live_pairs == 2 ? 4 : live_pairs;
+  // Shared memory, in bytes.
+  static constexpr int pixel_bytes = Base::pixel_stride * sizeof(std::uint32_t);
+  static constexpr int output_row = output_pixels * pixel_bytes;
+  static constexpr int pass_bytes = 32 * pixel_bytes;
+  static constexpr int residual_rows = has_residual ? stages : 0;
+  static constexpr int shared_bytes(int input_row) { return stages * input_row + (2 + residual_rows) * output_row; }
 
-  static constexpr int output_row = Base::output_pixels * Base::pixel_stride;
-  static constexpr int output_step = 2 * output_row;
-  static constexpr int residual_steps = has_residual ? stages : 0;
-  static constexpr std::size_t shared_bytes =
-      sizeof(std::uint32_t) * (stages * stage + (2 + residual_steps) * output_step);
-
-  static_assert(2 * shared_bytes <= 163 * 1024, "two blocks fit on a multiprocessor of sm_80");
+  static_assert(output_pixels == 1 << output_shift);
+  static_assert(Base::threads == 32 * Base::words);
+  static_assert(2 * shared_bytes(2 * output_row) <= 163 * 1024, "two blocks fit on a multiprocessor of sm_80");
 };
 
-// What lies where in a block's shared memory.
-template <typename Traits>
-struct Buffers {
-  SharedPointer<std::uint32_t> inputs = dynamic_shared<std::uint32_t>();           // a ring of steps
-  SharedPointer<std::uint32_t> outputs = inputs + Traits::stages * Traits::stage;  // two steps
-  SharedPointer<std::uint32_t> residuals = outputs + 2 * Traits::output_step;      // a ring of steps
+// Where a thread's pixel of a pass lies.
+struct Pass {
+  int images, columns;         // from the first
+  int input_place;             // from the first, in shared memory, in bytes
+  std::int64_t input, output;  // from the pass before, in memory, in bytes
 };
 
 // How a launch's blocks share the work.
 struct Tiling {
   Strips strips;
   int channel_blocks, row_blocks;
-  int rows;  // of output in a block, even
+  int rows;          // of output in a block
+  int input_column;  // the first to copy, from the strip's first output: those beside the image stay zero
+  int second_half;   // from a lane's first segment to its second, in bytes of shared memory
+  int input_row;     // of shared memory, in bytes
+  Pass passes[5];    // the last: the pixels behind a strip that has neighbours
+  std::int64_t input_stride, output_stride;  // from row to row, in bytes
 };
 
 // Where a block's work begins and ends.
@@ -55,7 +63,7 @@ struct Place {
     unsigned index = blockIdx.x;
     place.channel = index % tiling.channel_blocks * Traits::channels;
     index /= tiling.channel_blocks;
-    place.x = index % tiling.strips.count * (tiling.strips.segments * Traits::segment);
+    place.x = index % tiling.strips.count * Traits::output_pixels;
     index /= tiling.strips.count;
     place.first_row = index % tiling.row_blocks * tiling.rows;
     place.end_row = min(place.first_row + tiling.rows, params.height);
@@ -64,188 +72,130 @@ struct Place {
   }
 };
 
-// What one thread copies of each input row. The pixels beside the image stay zero throughout.
+// What one thread copies and stores of each row: a word of every 32nd pixel.
 template <typename Traits>
-struct InputCopies {
-  static constexpr int passes = Traits::input_pixels / Traits::pixels_per_pass;
+struct Share {
+  char const* input;     // the first pixel, in the next row to copy
+  char const* residual;  // in the next row to copy
+  char* output;          // in the next row to store
+  bool input_inside[Traits::passes + 1], output_inside[Traits::passes];
+  int input_place, output_place;  // in a row in shared memory, in bytes
 
-  std::uint32_t const* sources[passes];  // in the next row to copy
-  bool inside[passes];
-  std::int64_t row_stride;  // in words
-  int height;
-  Share<Traits> share;
-
-  __device__ InputCopies(DepthwiseConvForwardParams const& params, Strips const& strips, Place const& place)
-      : row_stride(params.input_strides.row / 2), height(params.height) {
-    int const channel = place.channel + 2 * share.word;
+  __device__ Share(DepthwiseConvForwardParams const& params, Tiling const& tiling, Place const& place) {
+    Strips const& strips = tiling.strips;
+    int const word = threadIdx.x % Traits::words, pixel = threadIdx.x / Traits::words;
+    int const strip = pixel >> strips.output_shift, x = pixel - (strip << strips.output_shift);
+    int const channel = place.channel + 2 * word, column = place.x + x, first_input = column + tiling.input_column;
+    std::int64_t const image = place.image + strip;
 #pragma unroll
-    for (int pass = 0; pass < passes; ++pass) {
-      int const pixel = share.pixel(pass);
-      std::int64_t const n = place.image + pixel / strips.pixels;
-      int const column = place.x - Traits::radius + pixel % strips.pixels;
-      inside[pass] = pixel < strips.images * strips.pixels && n < params.batch && !is_dropped(params, n) && column >= 0 &&
-                     column < params.width && channel < params.channels;
-      std::int64_t const start =
-          inside[pass] ? n * params.input_strides.image + column * params.input_strides.pixel + channel : 0;
-      sources[pass] = static_cast<std::uint32_t const*>(params.input) + start / 2 +
-                      (place.first_row - Traits::radius) * row_stride;
+    for (int i = 0; i <= Traits::passes; ++i) {
+      Pass const& pass = tiling.passes[i];
+      std::int64_t const n = image + pass.images;
+      bool const exists = n < params.batch && channel < params.channels;
+      int const in = first_input + pass.columns;
+      bool const used = i < Traits::passes || (strips.count > 1 && pixel < Traits::segment);
+      input_inside[i] = exists && used && in >= 0 && in < params.width && !is_dropped(params, n);
+      if (i < Traits::passes) {
+        output_inside[i] = exists && column + pass.columns < params.width;
+      }
     }
+    auto const bytes = [&](ImageStrides const& strides, int y, int from) {
+      return (image * strides.image + y * strides.row + from * strides.pixel + channel) * 2;
+    };
+    input = static_cast<char const*>(params.input) +
+            bytes(params.input_strides, place.first_row - Traits::radius, first_input);
+    std::int64_t const first_output = bytes(params.output_strides, place.first_row, column);
+    output = static_cast<char*>(params.output) + first_output;
+    residual = static_cast<char const*>(params.residual) + (Traits::has_residual ? first_output : 0);
+    int const word_bytes = word * static_cast<int>(sizeof(std::uint32_t));
+    input_place = (strip * strips.pixels + x + tiling.input_column + Traits::radius) * Traits::pixel_bytes + word_bytes;
+    output_place = pixel * Traits::pixel_bytes + word_bytes;
   }
 
-  __device__ void zero_outside(SharedPointer<std::uint32_t> inputs) const {
+  // Starts the copies of a row of the image.
+  __device__ __forceinline__ void start_input(Tiling const& tiling, SharedPointer<char> row) const {
+    row += input_place;
+    char const* source = input;
 #pragma unroll
-    for (int row_of_ring = 0; row_of_ring < 2 * Traits::stages; ++row_of_ring) {
-#pragma unroll
-      for (int pass = 0; pass < passes; ++pass) {
-        if (!inside[pass]) {
-          inputs[row_of_ring * Traits::input_row + share.place(pass)] = 0;
-        }
+    for (int i = 0; i <= Traits::passes; ++i) {
+      source += tiling.passes[i].input;
+      if (input_inside[i]) {
+        copy(row + tiling.passes[i].input_place, source);
       }
     }
   }
 
-  // Starts the copies of the next two rows, row and row + 1: zeros where they lie above or below the image.
-  __device__ __forceinline__ void start(SharedPointer<std::uint32_t> stage, int row) {
+  __device__ __forceinline__ void start_residual(Tiling const& tiling, SharedPointer<char> row) const {
+    row += output_place;
+    char const* source = residual;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      bool const row_inside = row + i >= 0 && row + i < height;
-#pragma unroll
-      for (int pass = 0; pass < passes; ++pass) {
-        if (inside[pass]) {
-          cp_async<std::uint32_t>(stage + i * Traits::input_row + share.place(pass), sources[pass], row_inside);
-        }
-        sources[pass] += row_stride;
-      }
-    }
-  }
-};
-
-// What one thread stores of each output row, and copies of the residual's.
-template <typename Traits>
-struct OutputStores {
-  static constexpr int passes = Traits::output_pixels / Traits::pixels_per_pass;
-
-  std::uint32_t* destinations[passes];                                // in the next row to store
-  std::uint32_t const* residuals[Traits::has_residual ? passes : 1];  // in the next row to copy, `stages` steps on
-  bool inside[passes];
-  std::int64_t row_stride;  // in words
-  Share<Traits> share;
-
-  __device__ OutputStores(DepthwiseConvForwardParams const& params, Strips const& strips, Place const& place,
-                          int first_row)
-      : row_stride(params.output_strides.row / 2) {
-    int const strip_outputs = strips.segments * Traits::segment, channel = place.channel + 2 * share.word;
-#pragma unroll
-    for (int pass = 0; pass < passes; ++pass) {
-      int const pixel = share.pixel(pass);
-      std::int64_t const n = place.image + pixel / strip_outputs;
-      int const column = place.x + pixel % strip_outputs;
-      inside[pass] = n < params.batch && column < params.width && channel < params.channels;
-      std::int64_t const start =
-          inside[pass] ? n * params.output_strides.image + column * params.output_strides.pixel + channel : 0;
-      std::int64_t const first = start / 2 + first_row * row_stride;
-      destinations[pass] = static_cast<std::uint32_t*>(params.output) + first;
-      if constexpr (Traits::has_residual) {
-        residuals[pass] = static_cast<std::uint32_t const*>(params.residual) + first + 2 * Traits::stages * row_stride;
+    for (int i = 0; i < Traits::passes; ++i) {
+      source += tiling.passes[i].output;
+      if (output_inside[i]) {
+        copy(row + i * Traits::pass_bytes, source);
       }
     }
   }
 
-  __device__ void zero_outside(SharedPointer<std::uint32_t> residuals) const {
+  __device__ __forceinline__ void store(Tiling const& tiling, SharedPointer<char> row) const {
+    SharedPointer<std::uint32_t> const words = reinterpret_shared<std::uint32_t>(row + output_place);
+    char* destination = output;
 #pragma unroll
-    for (int row_of_ring = 0; row_of_ring < 2 * Traits::residual_steps; ++row_of_ring) {
-#pragma unroll
-      for (int pass = 0; pass < passes; ++pass) {
-        if (!inside[pass]) {
-          residuals[row_of_ring * Traits::output_row + share.place(pass)] = 0;
-        }
+    for (int i = 0; i < Traits::passes; ++i) {
+      destination += tiling.passes[i].output;
+      if (output_inside[i]) {
+        *reinterpret_cast<std::uint32_t*>(destination) =
+            words[i * Traits::pass_bytes / static_cast<int>(sizeof(std::uint32_t))];
       }
     }
   }
 
-  // Starts the copies of the next two rows of the residual, `rows` of which exist; zeros elsewhere.
-  __device__ __forceinline__ void start_residual(SharedPointer<std::uint32_t> stage, int rows) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int pass = 0; pass < passes; ++pass) {
-        if (inside[pass]) {
-          cp_async<std::uint32_t>(stage + i * Traits::output_row + share.place(pass),
-                                  residuals[pass] + i * row_stride, i < rows);
-        }
-      }
-    }
-  }
-
-  // Stores the step's two rows, `rows` of which exist.
-  __device__ __forceinline__ void store(SharedPointer<std::uint32_t> staged, int rows) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int pass = 0; pass < passes; ++pass) {
-        if (inside[pass] && i < rows) {
-          destinations[pass][i * row_stride] = staged[i * Traits::output_row + share.place(pass)];
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void advance() {
-#pragma unroll
-    for (int pass = 0; pass < passes; ++pass) {
-      destinations[pass] += 2 * row_stride;
-      if constexpr (Traits::has_residual) {
-        residuals[pass] += 2 * row_stride;
-      }
-    }
+ private:
+  __device__ __forceinline__ static void copy(SharedPointer<char> destination, char const* source) {
+    cp_async(reinterpret_shared<std::uint32_t>(destination), reinterpret_cast<std::uint32_t const*>(source), 1);
   }
 };
 
 template <typename Traits>
-using Accumulators = float[Traits::live_pairs][2][4];  // pair of rows, channel, fragment
+using Accumulators = float[Traits::kernel_size][2][4];  // output row, channel, fragment
 
-// Adds a step's two input rows to the pairs of output rows that they take part in. Pair m lives in slot m % live_pairs;
-// the newest is in slot `newest`. `tile` is the lane's first pixel and the warp's word.
+// Adds an input row to the output rows that it takes part in. Output row r is in slot (r + n) % K for some n, the last
+// of them in slot `newest`. `tile` is the lane's first pixel and the warp's word.
 template <typename Traits>
 __device__ __forceinline__ void accumulate(Accumulators<Traits>& sums, ToeplitzFilter<Traits> const& filter, int newest,
-                                           SharedPointer<std::uint32_t> tile) {
+                                           SharedPointer<char> tile, int second_half) {
+  std::uint32_t upper[2][2], lower[2][2];  // segments lane / 4 and lane / 4 + 8
+  load_segment<Traits>(upper, reinterpret_shared<std::uint32_t>(tile));
+  load_segment<Traits>(lower, reinterpret_shared<std::uint32_t>(tile + second_half));
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    std::uint32_t b[2][2];
-    load_segments<Traits>(b, tile + i * Traits::input_row);
+  for (int c = 0; c < 2; ++c) {
+    std::uint32_t const a[4] = {upper[c][0], lower[c][0], upper[c][1], lower[c][1]};
 #pragma unroll
-    for (int age = 0; age < Traits::live_pairs; ++age) {
-      int const slot = (newest - age + Traits::live_pairs) % Traits::live_pairs;
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        std::uint32_t a[4];
-        filter.operand(a, c, 2 * age + i);
-        mma_m16n8k16<typename Traits::Element>(sums[slot][c], a, b[c]);
-      }
+    for (int i = 0; i < Traits::kernel_size; ++i) {
+      int const slot = (newest - i + Traits::kernel_size) % Traits::kernel_size;
+      mma_m16n8k16<typename Traits::Element>(sums[slot][c], a, filter.fragments[c][i]);
     }
   }
 }
 
-// Puts a pair of output rows, with the residual and rounded, where OutputStores finds it. `spoilt` becomes NaN, and stays
-// so, if any is not finite.
+// Puts an output row, with the residual and rounded, where Share finds it. `spoilt` becomes NaN, and stays so, if any
+// output is not finite. Both places are the lane's first pixel and the warp's word.
 template <typename Traits>
-__device__ __forceinline__ void stage_outputs(SharedPointer<std::uint32_t> staged,
-                                              SharedPointer<std::uint32_t> residuals, float const (&sums)[2][4],
-                                              int warp, int lane, std::uint32_t& spoilt) {
+__device__ __forceinline__ void stage_outputs(SharedPointer<char> outputs, SharedPointer<char> residuals,
+                                              float const (&sums)[2][4], std::uint32_t& spoilt) {
   using Element = typename Traits::Element;
+  SharedPointer<std::uint32_t> const words = reinterpret_shared<std::uint32_t>(outputs);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    int const segment = 2 * (lane % 4) + i % 2;
-    int const pixel = segment * Traits::segment + lane / 4;
-    int const place = i / 2 * Traits::output_row + pixel * Traits::pixel_stride + warp;
+    int const place = (i / 2 * (Traits::output_pixels / 2) + i % 2) * Traits::pixel_stride;
     float2 output{sums[0][i], sums[1][i]};
     if constexpr (Traits::has_residual) {
-      float2 const residual = unpack<Element>(residuals[place]);
+      float2 const residual = unpack<Element>(reinterpret_shared<std::uint32_t>(residuals)[place]);
       output = {output.x + residual.x, output.y + residual.y};
     }
     std::uint32_t const rounded = pack<Element>(output.x, output.y);
     spoilt = multiply_add_pairs<Element>(rounded, 0, spoilt);
-    staged[place] = rounded;
+    words[place] = rounded;
   }
 }
 
@@ -255,14 +205,14 @@ template <typename Traits>
 __device__ void correct_outputs(DepthwiseConvForwardParams const& params, Tiling const& tiling) {
   using Element = typename Traits::Element;
   Place const place = Place::of<Traits>(params, tiling);
-  int const strip_outputs = tiling.strips.segments * Traits::segment;
   int const count = (place.end_row - place.first_row) * Traits::output_pixels * Traits::channels;
   for (int index = threadIdx.x; index < count; index += Traits::threads) {
     int const channel = place.channel + index % Traits::channels;
     int const pixel = index / Traits::channels % Traits::output_pixels;
     int const row = place.first_row + index / (Traits::channels * Traits::output_pixels);
-    int const column = place.x + pixel % strip_outputs;
-    std::int64_t const n = place.image + pixel / strip_outputs;
+    int const strip = pixel >> tiling.strips.output_shift;
+    int const column = place.x + pixel - (strip << tiling.strips.output_shift);
+    std::int64_t const n = place.image + strip;
     if (n >= params.batch || column >= params.width || channel >= params.channels) {
       continue;
     }
@@ -284,68 +234,92 @@ __device__ void correct_outputs(DepthwiseConvForwardParams const& params, Tiling
   }
 }
 
+// Offsets into the rings of rows in shared memory, which advance together.
+template <typename Traits>
+struct RingRow {
+  int input = 0, residual = 0;  // in bytes
+
+  __device__ __forceinline__ void advance(Tiling const& tiling) {
+    bool const last = input == (Traits::stages - 1) * tiling.input_row;
+    input = last ? 0 : input + tiling.input_row;
+    residual = last ? 0 : residual + Traits::output_row;
+  }
+};
+
 // The block's outputs, but for those that correct_outputs must correct; returns a NaN in either half if there are any.
 template <typename Traits>
-__device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardParams const& params, Strips const& strips,
+__device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardParams const& params, Tiling const& tiling,
                                                         Place const& place) {
+  constexpr int size = Traits::kernel_size, ahead = Traits::stages - 1;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Buffers<Traits> const buffers;
-  int const tile = strips.first_pixel<Traits>(lane) * Traits::pixel_stride + warp;
-
+  int const word = warp * static_cast<int>(sizeof(std::uint32_t)) + 2 * (lane % 4) * Traits::pixel_bytes;
+  SharedPointer<char> const outputs = dynamic_shared<char>();                         // two rows
+  SharedPointer<char> const residuals = outputs + 2 * Traits::output_row;             // a ring of rows
+  SharedPointer<char> const inputs = residuals + Traits::residual_rows * Traits::output_row;  // a ring of rows
+  int const tile = tiling.strips.first_pixel<Traits>(lane / 4) * Traits::pixel_bytes + word;
+  int const first_output = lane / 4 * Traits::segment * Traits::pixel_bytes + word;
+  for (int i = 4 * threadIdx.x; i < Traits::stages * tiling.input_row; i += 4 * Traits::threads) {
+    *reinterpret_shared<std::uint32_t>(inputs + i) = 0;
+  }
   ToeplitzFilter<Traits> filter;
   filter.load(params, place.channel + 2 * warp, lane);
+  Share<Traits> share(params, tiling, place);
+  __syncthreads();
 
-  // A step stores output rows row and row + 1, which the step before has finished, and finishes the next two. The input
-  // and residual rows that it computes with, and those that it starts to copy, are at constant distances from these.
-  int const first_step = place.first_row - 2 * Traits::live_pairs;
-  InputCopies<Traits> copies(params, strips, place);
-  OutputStores<Traits> stores(params, strips, place, first_step - 2 * (Traits::stages - 1));
-  auto const start_copies = [&](int stage, int row) {
-    int const residual_row = row + 2 * Traits::stages, input_row = residual_row + Traits::radius;
-    if (input_row < place.end_row + Traits::radius) {
-      copies.start(buffers.inputs + stage * Traits::stage, input_row);
+  // A step computes with input row `row`, finishes output row `row - radius`, stores the one before and starts the
+  // copies of input row `row + ahead` and of the residual that goes with it. Rows outside the image take no part.
+  int const end_input = min(params.height, place.end_row + Traits::radius);
+  RingRow<Traits> written, read;
+  auto const start_copies = [&](int row) {
+    if (row >= 0 && row < end_input) {
+      share.start_input(tiling, inputs + written.input);
     }
-    if (Traits::has_residual && residual_row >= place.first_row) {
-      stores.start_residual(buffers.residuals + stage * Traits::output_step, place.end_row - residual_row);
+    share.input += tiling.input_stride;
+    keep(share.input);
+    int const residual_row = row - Traits::radius;
+    if (Traits::has_residual && residual_row >= place.first_row && residual_row < place.end_row) {
+      share.start_residual(tiling, residuals + written.residual);
+      share.residual += tiling.output_stride;
     }
     cp_async_commit();
+    written.advance(tiling);
   };
-  copies.zero_outside(buffers.inputs);
-  stores.zero_outside(buffers.residuals);
+  int const first_row = place.first_row - Traits::radius;
 #pragma unroll
-  for (int stage = 0; stage < Traits::stages - 1; ++stage) {
-    start_copies(stage, first_step + 2 * (stage - (Traits::stages - 1)));
-    stores.advance();
+  for (int i = 0; i < ahead; ++i) {
+    start_copies(first_row + i);
   }
 
   Accumulators<Traits> sums;
   std::uint32_t spoilt = 0;
-  for (int ring_row = first_step;; ring_row += 2 * Traits::stages) {
+  for (int first_of_ring = first_row;; first_of_ring += size) {
 #pragma unroll
-    for (int stage = 0; stage < Traits::stages; ++stage) {
-      int const row = ring_row + 2 * stage, next_row = row + 2;
+    for (int phase = 0; phase < size; ++phase) {
+      int const row = first_of_ring + phase, output_row = row - Traits::radius;
       // Behind this barrier the step's inputs and the outputs of the step before are in shared memory, and nobody reads
-      // any more what the step before read: its stage of inputs, and the outputs of the step before that.
-      cp_async_wait<Traits::stages - 2>();
+      // any more what the step before read: its row of inputs, and the outputs of the step before that.
+      cp_async_wait<ahead - 1>();
       __syncthreads();
-      start_copies((stage + Traits::stages - 1) % Traits::stages, row);
-      if (row >= place.first_row) {
-        stores.store(buffers.outputs + (row & 2) * Traits::output_row, place.end_row - row);
+      start_copies(row + ahead);
+      if (output_row > place.first_row) {
+        share.store(tiling, outputs + (output_row & 1) * Traits::output_row);
+        share.output += tiling.output_stride;
       }
-      stores.advance();
-      if (next_row >= place.end_row) {
+      if (output_row >= place.end_row) {
         return spoilt;
       }
-      int const newest = stage % Traits::live_pairs, oldest = (newest + 1) % Traits::live_pairs;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        sums[newest][i / 4][i % 4] = filter.bias[i / 4];
+        sums[phase][i / 4][i % 4] = filter.bias[i / 4];
       }
-      accumulate<Traits>(sums, filter, newest, buffers.inputs + stage * Traits::stage + tile);
-      if (next_row >= place.first_row) {
-        stage_outputs<Traits>(buffers.outputs + (next_row & 2) * Traits::output_row,
-                              buffers.residuals + stage * Traits::output_step, sums[oldest], warp, lane, spoilt);
+      if (row >= 0 && row < params.height) {
+        accumulate<Traits>(sums, filter, phase, inputs + (read.input + tile), tiling.second_half);
       }
+      if (output_row >= place.first_row) {
+        stage_outputs<Traits>(outputs + (((output_row & 1) ^ 1) * Traits::output_row + first_output),
+                              residuals + (read.residual + first_output), sums[(phase + 1) % size], spoilt);
+      }
+      read.advance(tiling);
     }
   }
 }
@@ -357,7 +331,7 @@ __global__ void __launch_bounds__(Traits::threads, 2)
   Strips const& strips = tiling.strips;
   bool correct = true;
   if (strips.dropped(params, place.image) < strips.existing(params, place.image)) {
-    std::uint32_t const spoilt = convolve_block<Traits>(params, strips, place);
+    std::uint32_t const spoilt = convolve_block<Traits>(params, tiling, place);
     Place const place = Place::of<Traits>(params, tiling);  // not kept in registers meanwhile
     correct = any_nan<typename Traits::Element>(spoilt) || strips.dropped(params, place.image) > 0;
   }
@@ -367,12 +341,34 @@ __global__ void __launch_bounds__(Traits::threads, 2)
 }
 
 template <typename Traits>
-cudaError_t launch_with(DepthwiseConvForwardParams const& params, cudaStream_t stream) {
+Tiling tiling_of(DepthwiseConvForwardParams const& params) {
   Tiling tiling;
   tiling.strips = Strips::of<Traits>(params.width);
   tiling.channel_blocks = ceil_div(params.channels, Traits::channels);
-  tiling.rows = 2 * ceil_div(params.height, 2 * ceil_div(params.height, Traits::most_rows));
+  tiling.rows = ceil_div(params.height, ceil_div(params.height, Traits::most_rows));
   tiling.row_blocks = ceil_div(params.height, tiling.rows);
+  tiling.input_column = tiling.strips.count > 1 ? -Traits::radius : 0;
+  tiling.second_half = tiling.strips.first_pixel<Traits>(Traits::segments / 2) * Traits::pixel_bytes;
+  tiling.input_row = tiling.strips.images * tiling.strips.pixels * Traits::pixel_bytes;
+  tiling.input_stride = params.input_strides.row * 2;
+  tiling.output_stride = params.output_strides.row * 2;
+  for (int i = 0; i <= Traits::passes; ++i) {
+    // Behind a strip that has neighbours lie more of its own pixels, not the next image's.
+    int const images = i < Traits::passes ? 32 * i >> tiling.strips.output_shift : 0;
+    int const columns = 32 * i - (images << tiling.strips.output_shift);
+    Pass const before = i > 0 ? tiling.passes[i - 1] : Pass{};
+    auto const bytes = [=](ImageStrides const& strides) {
+      return ((images - before.images) * strides.image + (columns - before.columns) * strides.pixel) * 2;
+    };
+    tiling.passes[i] = {images, columns, (images * tiling.strips.pixels + columns) * Traits::pixel_bytes,
+                        bytes(params.input_strides), bytes(params.output_strides)};
+  }
+  return tiling;
+}
+
+template <typename Traits>
+cudaError_t launch_with(DepthwiseConvForwardParams const& params, cudaStream_t stream) {
+  Tiling const tiling = tiling_of<Traits>(params);
   std::int64_t const positions = std::int64_t{tiling.channel_blocks} * tiling.strips.count;
   std::int64_t const image_groups = ceil_div(params.batch, std::int64_t{tiling.strips.images});
   constexpr std::int64_t most_blocks = 0x7fffffff;
@@ -380,7 +376,8 @@ cudaError_t launch_with(DepthwiseConvForwardParams const& params, cudaStream_t s
     return cudaErrorInvalidConfiguration;
   }
   dim3 const grid(static_cast<unsigned>(positions * tiling.row_blocks * image_groups));
-  return launch(depthwise_conv_forward<Traits>, grid, Traits::threads, Traits::shared_bytes, stream, params, tiling);
+  return launch(depthwise_conv_forward<Traits>, grid, Traits::threads, Traits::shared_bytes(tiling.input_row), stream,
+                params, tiling);
 }
 
 template <typename Element, int kernel_size>

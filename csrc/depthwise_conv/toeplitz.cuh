@@ -1,6 +1,5 @@
 // Eight outputs in a row, of one channel, are a banded (Toeplitz) 8 x 16 matrix T_i, made of filter row i, times 16
-// inputs. With two output rows r and r + 1 as the 16 rows of the operand A_h = [T_h; T_(h-1)], h = 0..K, and 8 such
-// segments of input row r - K/2 + h as the columns of X_h, the outputs are the sum of K + 1 products A_h X_h.
+// inputs. T_i is one operand of a product, and the inputs of several such segments are the other.
 #pragma once
 
 #include "common/integers.h"
@@ -17,9 +16,8 @@ struct ToeplitzTraits {
   static constexpr int kernel_size = kernel_size_;
   static constexpr bool may_flip = true;  // where it cannot, every tap lies at a constant distance from the first
   static constexpr int radius = kernel_size / 2;
-  static constexpr int segment = 8;   // outputs of a column in one row: two rows of them are M = 16 of the product
-  static constexpr int segments = 8;  // the columns, N of the product
-  static constexpr int depth = 16;    // K of the product: the inputs of a segment, and some that meet zeros
+  static constexpr int segment = 8;  // outputs
+  static constexpr int depth = 16;   // K of the product: the inputs of a segment, and some that meet zeros
   static constexpr int warps = 8;
   static constexpr int threads = 32 * warps;
   static constexpr int channels = 2 * warps;  // 32 bytes of each pixel, a whole sector
@@ -28,9 +26,6 @@ struct ToeplitzTraits {
 
   // Shared memory, in words. An odd pixel stride makes a warp's fragment loads meet a bank twice at most.
   static constexpr int pixel_stride = words + 1;
-  static constexpr int input_pixels = 2 * segment * segments;  // in a row of 8 strips of one segment, the most
-  static constexpr int output_pixels = segment * segments;
-  static_assert(output_pixels == 1 << 6, "Strips::output_shift begins here");
 
   static_assert(kernel_size % 2 == 1 && segment + 2 * radius <= depth, "a segment's inputs fit into one product");
   static_assert(depth == 2 * segment, "a strip is one segment longer than its outputs");
@@ -39,11 +34,11 @@ struct ToeplitzTraits {
 // How blocks share the columns and the images. A strip is what a block sees of a row of one image: its segments with the
 // pixels around them.
 struct Strips {
-  int segments;      // of a strip: 8, 4, 2 or 1
+  int segments;      // of a strip: those of a block or a half, a quarter, ... of them
   int output_shift;  // log2 of the outputs in a row of a strip
-  int pixels;    // of input in a strip
-  int images;    // in a block: 8 / segments
-  int count;     // across the image
+  int pixels;        // of input in a strip: a segment more
+  int images;        // in a block
+  int count;         // across the image
 
   // The narrowest that cover the width, so that the columns of the products are in use.
   template <typename Traits>
@@ -51,7 +46,7 @@ struct Strips {
     int const needed = ceil_div(width, Traits::segment);
     Strips strips;
     strips.segments = Traits::segments;
-    strips.output_shift = 6;
+    strips.output_shift = Traits::output_shift;
     while (strips.segments / 2 >= needed) {
       strips.segments /= 2;
       --strips.output_shift;
@@ -76,40 +71,30 @@ struct Strips {
     return count;
   }
 
-  // The lane's first pixel in a row of the block's strips: of column lane / 4 of X, elements 2 (lane % 4) and on. Every
-  // strip before it is one segment longer than its outputs.
+  // Where a segment's inputs begin in a row of the block's strips: every strip before it is one segment longer than its
+  // outputs.
   template <typename Traits>
-  __device__ __forceinline__ int first_pixel(int lane) const {
-    int const column = lane / 4 + lane / 4 / segments;
-    return column * Traits::segment + 2 * (lane % 4);
+  __host__ __device__ __forceinline__ int first_pixel(int index) const {
+    return (index + index / segments) * Traits::segment;
   }
 };
 
-// A thread's share of every row of pixels: one word of some of them.
+// Elements 2 q, 2 q + 1 and 2 q + 8, 2 q + 9 of a segment's inputs, of both channels of a warp: inputs[channel][half].
+// `first` is the first of these pixels, and the warp's word.
 template <typename Traits>
-struct Share {
-  int word = threadIdx.x % Traits::words;
-  int first_pixel = threadIdx.x / Traits::words;
-
-  __device__ __forceinline__ int pixel(int pass) const { return first_pixel + pass * Traits::pixels_per_pass; }
-  // In the block's row in shared memory.
-  __device__ __forceinline__ int place(int pass) const { return pixel(pass) * Traits::pixel_stride + word; }
-};
-
-// The inputs of a lane for both channels of its warp, out of one row: b[channel] is the lane's part of X.
-template <typename Traits>
-__device__ __forceinline__ void load_segments(std::uint32_t (&b)[2][2], SharedPointer<std::uint32_t> first) {
+__device__ __forceinline__ void load_segment(std::uint32_t (&inputs)[2][2], SharedPointer<std::uint32_t> first) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     SharedPointer<std::uint32_t> const pixel = first + half * Traits::segment * Traits::pixel_stride;
     std::uint32_t const left = pixel[0], right = pixel[Traits::pixel_stride];
-    b[0][half] = __byte_perm(left, right, 0x5410);  // the first channel of both pixels
-    b[1][half] = __byte_perm(left, right, 0x7632);  // the second
+    inputs[0][half] = __byte_perm(left, right, 0x5410);  // the first channel of both pixels
+    inputs[1][half] = __byte_perm(left, right, 0x7632);  // the second
   }
 }
 
 // The operands T_i of a warp's two channels. Lane 4 g + q holds elements 2 q, 2 q + 1 (half 0) and 2 q + 8, 2 q + 9
-// (half 1) of row g; element k of row g is tap k - g of filter row i, or 0 outside the filter.
+// (half 1) of row g; element k of row g is tap k - g of filter row i, or 0 outside the filter. These are fragments of T_i
+// as the first operand, but for its rows 8 to 15, and of its transpose as the second.
 template <typename Traits>
 struct ToeplitzFilter {
   std::uint32_t fragments[2][Traits::kernel_size][2];
@@ -122,15 +107,6 @@ struct ToeplitzFilter {
       load_as<float>(params, channel, lane);
     } else {
       load_as<typename Traits::Element>(params, channel, lane);
-    }
-  }
-
-  // The operand A_h of channel c: T_h above T_(h-1), either of which is zero outside the filter.
-  __device__ __forceinline__ void operand(std::uint32_t (&a)[4], int c, int h) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      a[2 * half] = h < Traits::kernel_size ? fragments[c][h][half] : 0;
-      a[2 * half + 1] = h > 0 ? fragments[c][h - 1][half] : 0;
     }
   }
 
@@ -158,6 +134,8 @@ struct ToeplitzFilter {
         std::uint32_t const taps = pack_as<typename Traits::Element>(lefts[i * step], rights[i * step]);
         fragments[c][i][0] = taps & masks[0];
         fragments[c][i][1] = taps & masks[1];
+        keep(fragments[c][i][0]);
+        keep(fragments[c][i][1]);
       }
     }
   }

@@ -1,6 +1,10 @@
-// A block owns a tile of 8 segments by 4 rows (see depthwise_conv/toeplitz.cuh) and walks over the channels, 16 at a time:
-// it copies their inputs, convolves, and leaves the outputs in shared memory. When all channels are done it has whole
-// pixels, and normalises them.
+// With two output rows r and r + 1 as the 16 rows of the operand A_h = [T_h; T_(h-1)], h = 0..K (see
+// depthwise_conv/toeplitz.cuh), and 8 segments of input row r - K/2 + h as the columns of X_h, the outputs are the sum of
+// K + 1 products A_h X_h.
+//
+// A block owns a tile of 8 segments by 4 rows and walks over the channels, 16 at a time: it copies their inputs,
+// convolves, and leaves the outputs in shared memory. When all channels are done it has whole pixels, and normalises
+// them.
 #include "depthwise_conv_layer_norm/forward.h"
 
 #include "common/launch.cuh"
@@ -13,10 +17,13 @@ template <typename Element, int kernel_size>
 struct Traits : ToeplitzTraits<Element, kernel_size> {
   using Base = ToeplitzTraits<Element, kernel_size>;
   static constexpr bool may_flip = false;
+  static constexpr int segments = 8;      // the columns, N of the product
+  static constexpr int output_shift = 6;  // log2 of the outputs in a row
+  static constexpr int output_pixels = segments * Base::segment;
   static constexpr int pairs = 2;  // of output rows
   static constexpr int rows = 2 * pairs;
   static constexpr int input_rows = rows + 2 * Base::radius;
-  static constexpr int pixels = rows * Base::output_pixels;
+  static constexpr int pixels = rows * output_pixels;
 
   // Of input in a row of a block's strips. Those of less than four segments take more, and more shared memory.
   static constexpr int input_pixels = 80;
@@ -25,6 +32,8 @@ struct Traits : ToeplitzTraits<Element, kernel_size> {
   // The norm: a pixel is normalised by a few lanes, each with every so many words of it.
   static constexpr int lanes = 8;
   static constexpr int pixels_at_once = Base::threads / lanes;
+
+  static_assert(output_pixels == 1 << output_shift);
 };
 
 constexpr int most_lane_words = 8;  // of the norm, in registers
@@ -61,6 +70,17 @@ struct Place {
     place.image = std::int64_t{index / tiling.row_blocks} * tiling.strips.images;
     return place;
   }
+};
+
+// A thread's share of every row of pixels: one word of some of them.
+template <typename Traits>
+struct Share {
+  int word = threadIdx.x % Traits::words;
+  int first_pixel = threadIdx.x / Traits::words;
+
+  __device__ __forceinline__ int pixel(int pass) const { return first_pixel + pass * Traits::pixels_per_pass; }
+  // In the block's row in shared memory.
+  __device__ __forceinline__ int place(int pass) const { return pixel(pass) * Traits::pixel_stride + word; }
 };
 
 // What one thread copies of every 16 channels. What lies outside the image stays zero throughout.
@@ -135,6 +155,16 @@ struct InputCopies {
   }
 };
 
+// The operand A_h of channel c: T_h above T_(h-1), either of which is zero outside the filter.
+template <typename Traits>
+__device__ __forceinline__ void load_operand(std::uint32_t (&a)[4], ToeplitzFilter<Traits> const& filter, int c, int h) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    a[2 * half] = h < Traits::kernel_size ? filter.fragments[c][h][half] : 0;
+    a[2 * half + 1] = h > 0 ? filter.fragments[c][h - 1][half] : 0;
+  }
+}
+
 template <typename Traits>
 using Accumulators = float[Traits::pairs][2][4];  // pair of rows, channel, fragment
 
@@ -150,16 +180,16 @@ __device__ __forceinline__ void convolve(Accumulators<Traits>& sums, ToeplitzFil
   std::uint32_t b[Traits::input_rows][2][2];
 #pragma unroll
   for (int row = 0; row < 2 * (Traits::pairs - 1); ++row) {
-    load_segments<Traits>(b[row], tile + row * Traits::input_row);
+    load_segment<Traits>(b[row], tile + row * Traits::input_row);
   }
 #pragma unroll
   for (int h = 0; h <= Traits::kernel_size; ++h) {
     int const last_row = h + 2 * (Traits::pairs - 1);
-    load_segments<Traits>(b[last_row], tile + last_row * Traits::input_row);
+    load_segment<Traits>(b[last_row], tile + last_row * Traits::input_row);
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       std::uint32_t a[4];
-      filter.operand(a, c, h);
+      load_operand<Traits>(a, filter, c, h);
 #pragma unroll
       for (int pair = 0; pair < Traits::pairs; ++pair) {
         mma_m16n8k16<typename Traits::Element>(sums[pair][c], a, b[h + 2 * pair][c]);
@@ -192,7 +222,7 @@ __device__ __forceinline__ std::uint32_t convolve_tile(DepthwiseConvForwardParam
                                                        SharedPointer<std::uint32_t> inputs) {
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   SharedPointer<std::uint32_t> const first =
-      inputs + tiling.strips.first_pixel<Traits>(lane) * Traits::pixel_stride + warp;
+      inputs + (tiling.strips.first_pixel<Traits>(lane / 4) + 2 * (lane % 4)) * Traits::pixel_stride + warp;
   InputCopies<Traits> copies(params, tiling.strips, place);
   copies.zero_outside(inputs);
   copies.start(inputs, params.channels);
@@ -247,6 +277,7 @@ __device__ void correct_tile(DepthwiseConvForwardParams const& params, Tiling co
       continue;
     }
     float2 values = unpack<Element>(tile[pixel_index * tiling.pixel_words + word]);
+#pragma unroll
     for (int c = 0; c < 2; ++c) {
       float& value = c == 0 ? values.x : values.y;
       if (!isfinite(value)) {

@@ -74,6 +74,9 @@ struct MmaOperand {
 namespace convnext_kernels {
 
 template <typename T>
+void keep(T&) {}
+
+template <typename T>
 void cp_async(SharedPointer<T> destination, T const* source, unsigned valid) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
   emulator::Thread& thread = *emulator::block.current;
