@@ -86,26 +86,27 @@ def _input_pixels(size: int) -> int:
 def _depthwise_forward(size: int, residual: bool) -> Work:
     """csrc/depthwise_conv/forward_tensor_cores.cu
 
-    A step takes 2 rows of 64 pixels, 2 channels of each in a warp; the loop is unrolled over `stages` steps. Before a
-    block's first outputs come size // 2 steps. Shared memory, in words of 2 channels, 9 for a pixel: `stages` steps of
-    2 x 128 pixels, then 2 x 64 for two steps of outputs and, if there is one, `stages` of the residual.
+    A step takes a row of 128 pixels, 2 channels of each in a warp; the loop is unrolled over `size` steps. Rows outside
+    the image are not computed with: size // 2 of them bring copies, as many bring outputs, together a step and a bit
+    less. Shared memory: five rows of input, two of outputs and, if there is one, five of the residual, 260 bytes for 16
+    channels of 8 pixels.
     """
-    stages = {3: 4, 5: 3, 7: 4}[size]
 
     def passes(shape: Shape) -> float:
-        steps, images = _ceil_div(shape.size, 2) + size // 2, 8 // _strip_segments(shape.size, 8)
-        return steps / stages / (2 * images * shape.size**2)
+        images = 16 // _strip_segments(shape.size, 16)
+        return (shape.size + size // 2) / size / (2 * images * shape.size**2)
 
-    shared = 4 * 9 * (stages * 2 * 128 + (2 + stages * residual) * 2 * 64)
-    # At 9 words a pixel a warp meets a bank twice, whichever way it reads or writes.
-    loop = Loop(passes, conflicts=2, copies=lambda shape: 2 * _input_pixels(shape.size) / 128)
-    return Work((loop,), bytes=6 if residual else 4, dynamic_shared=lambda _: shared, matrix=True, slow=FORWARD_REASON)
+    def shared(shape: Shape) -> int:
+        strip = _strip_segments(shape.size, 16)
+        return 260 * (5 * 16 // strip * (strip + 1) + (2 + 5 * residual) * 16)
+
+    # Fragments meet a bank twice, of 8 loads and 4 stores in 16 accesses of a step; copies, of which one in five is for
+    # images of more than one strip, once.
+    loop = Loop(passes, conflicts=28 / 16, copies=lambda shape: 4 / 5)
+    return Work((loop,), bytes=6 if residual else 4, dynamic_shared=shared, matrix=True, slow=FORWARD_REASON)
 
 
-FORWARD_REASON = (
-    "shared memory is met with 2-way conflicts, and assembling the matrix operands, four registers next to each other,"
-    " takes up to a third of the instructions; on small maps a block's first steps, which store nothing, weigh most"
-)
+FORWARD_REASON = "on small maps the steps before a block's first outputs and after its last inputs weigh most"
 
 
 def _depthwise_forward_on_cuda_cores(size: int) -> Work:
@@ -204,7 +205,7 @@ def _conv_layer_norm(size: int) -> Work:
     """csrc/depthwise_conv_layer_norm/forward.cu
 
     A pass of the first loop takes 4 rows of 64 pixels, 2 channels of each in a warp; one of the second all channels of
-    4 pixels. Shared memory, in words of 2 channels: the tile of 256 pixels, then input, 80 pixels of 9 words in a row.
+    4 pixels. Shared memory, in words of 2 channels: the tile of 256 pixels, then input, 80 pixels in a row, 65 words for 8.
     """
 
     def blocks(shape: Shape) -> float:
@@ -212,7 +213,7 @@ def _conv_layer_norm(size: int) -> Work:
         return _ceil_div(shape.size, 4) / (8 // _strip_segments(shape.size, 8) * shape.size**2)
 
     convolution = Loop(
-        lambda shape: blocks(shape) / 2, conflicts=2, copies=lambda shape: 2 * _input_pixels(shape.size) / 96
+        lambda shape: blocks(shape) / 2, conflicts=2, copies=lambda shape: _input_pixels(shape.size) / 96
     )
     norm = Loop(
         lambda shape: 64 * blocks(shape) / shape.channels,
@@ -224,7 +225,7 @@ def _conv_layer_norm(size: int) -> Work:
     return Work(
         (convolution, norm),
         bytes=4,
-        dynamic_shared=lambda shape: 4 * (256 * (shape.channels // 2 | 1) + (4 + size - 1) * 80 * 9),
+        dynamic_shared=lambda shape: 4 * (256 * (shape.channels // 2 | 1) + (4 + size - 1) * 650),
         matrix=True,
         runs=lambda shape: shape.channels <= 128 and shape.size >= 17,
         few_blocks="a tile of 256 whole pixels of 128 channels, with its input, takes 93 KiB of the 164 KiB of sm_80",

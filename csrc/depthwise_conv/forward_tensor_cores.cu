@@ -22,9 +22,9 @@ struct Traits : ToeplitzTraits<Element, kernel_size> {
   static constexpr int stages = 5;
 
   // Shared memory, in bytes.
-  static constexpr int pixel_bytes = Base::pixel_stride * sizeof(std::uint32_t);
-  static constexpr int output_row = output_pixels * pixel_bytes;
-  static constexpr int pass_bytes = 32 * pixel_bytes;
+  static constexpr int word_bytes = sizeof(std::uint32_t);
+  static constexpr int output_row = segments * Base::segment_stride * word_bytes;
+  static constexpr int pass_words = Base::place(32);
   static constexpr int residual_rows = has_residual ? stages : 0;
   static constexpr int shared_bytes(int input_row) { return stages * input_row + (2 + residual_rows) * output_row; }
 
@@ -107,9 +107,9 @@ struct Share {
     std::int64_t const first_output = bytes(params.output_strides, place.first_row, column);
     output = static_cast<char*>(params.output) + first_output;
     residual = static_cast<char const*>(params.residual) + (Traits::has_residual ? first_output : 0);
-    int const word_bytes = word * static_cast<int>(sizeof(std::uint32_t));
-    input_place = (strip * strips.pixels + x + tiling.input_column + Traits::radius) * Traits::pixel_bytes + word_bytes;
-    output_place = pixel * Traits::pixel_bytes + word_bytes;
+    int const input_pixel = strip * strips.pixels + x + tiling.input_column + Traits::radius;
+    input_place = (Traits::place(input_pixel) + word) * Traits::word_bytes;
+    output_place = (Traits::place(pixel) + word) * Traits::word_bytes;
   }
 
   // Starts the copies of a row of the image.
@@ -132,7 +132,7 @@ struct Share {
     for (int i = 0; i < Traits::passes; ++i) {
       source += tiling.passes[i].output;
       if (output_inside[i]) {
-        copy(row + i * Traits::pass_bytes, source);
+        copy(row + i * Traits::pass_words * Traits::word_bytes, source);
       }
     }
   }
@@ -144,8 +144,7 @@ struct Share {
     for (int i = 0; i < Traits::passes; ++i) {
       destination += tiling.passes[i].output;
       if (output_inside[i]) {
-        *reinterpret_cast<std::uint32_t*>(destination) =
-            words[i * Traits::pass_bytes / static_cast<int>(sizeof(std::uint32_t))];
+        *reinterpret_cast<std::uint32_t*>(destination) = words[i * Traits::pass_words];
       }
     }
   }
@@ -187,7 +186,7 @@ __device__ __forceinline__ void stage_outputs(SharedPointer<char> outputs, Share
   SharedPointer<std::uint32_t> const words = reinterpret_shared<std::uint32_t>(outputs);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    int const place = (i / 2 * (Traits::output_pixels / 2) + i % 2) * Traits::pixel_stride;
+    int const place = i / 2 * (Traits::segments / 2) * Traits::segment_stride + i % 2 * Traits::pixel_stride;
     float2 output{sums[0][i], sums[1][i]};
     if constexpr (Traits::has_residual) {
       float2 const residual = unpack<Element>(reinterpret_shared<std::uint32_t>(residuals)[place]);
@@ -252,14 +251,14 @@ __device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardPara
                                                         Place const& place) {
   constexpr int size = Traits::kernel_size, ahead = Traits::stages - 1;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int const word = warp * static_cast<int>(sizeof(std::uint32_t)) + 2 * (lane % 4) * Traits::pixel_bytes;
+  int const word = warp + 2 * (lane % 4) * Traits::pixel_stride;  // of the lane's first pixel, in its segment
   SharedPointer<char> const outputs = dynamic_shared<char>();                         // two rows
   SharedPointer<char> const residuals = outputs + 2 * Traits::output_row;             // a ring of rows
   SharedPointer<char> const inputs = residuals + Traits::residual_rows * Traits::output_row;  // a ring of rows
-  int const tile = tiling.strips.first_pixel<Traits>(lane / 4) * Traits::pixel_bytes + word;
-  int const first_output = lane / 4 * Traits::segment * Traits::pixel_bytes + word;
-  for (int i = 4 * threadIdx.x; i < Traits::stages * tiling.input_row; i += 4 * Traits::threads) {
-    *reinterpret_shared<std::uint32_t>(inputs + i) = 0;
+  int const tile = (tiling.strips.place<Traits>(lane / 4) + word) * Traits::word_bytes;
+  int const first_output = (lane / 4 * Traits::segment_stride + word) * Traits::word_bytes;
+  for (int i = threadIdx.x; i < Traits::stages * tiling.input_row / Traits::word_bytes; i += Traits::threads) {
+    reinterpret_shared<std::uint32_t>(inputs)[i] = 0;
   }
   ToeplitzFilter<Traits> filter;
   filter.load(params, place.channel + 2 * warp, lane);
@@ -348,8 +347,8 @@ Tiling tiling_of(DepthwiseConvForwardParams const& params) {
   tiling.rows = ceil_div(params.height, ceil_div(params.height, Traits::most_rows));
   tiling.row_blocks = ceil_div(params.height, tiling.rows);
   tiling.input_column = tiling.strips.count > 1 ? -Traits::radius : 0;
-  tiling.second_half = tiling.strips.first_pixel<Traits>(Traits::segments / 2) * Traits::pixel_bytes;
-  tiling.input_row = tiling.strips.images * tiling.strips.pixels * Traits::pixel_bytes;
+  tiling.second_half = tiling.strips.place<Traits>(Traits::segments / 2) * Traits::word_bytes;
+  tiling.input_row = Traits::place(tiling.strips.images * tiling.strips.pixels) * Traits::word_bytes;
   tiling.input_stride = params.input_strides.row * 2;
   tiling.output_stride = params.output_strides.row * 2;
   for (int i = 0; i <= Traits::passes; ++i) {
@@ -360,8 +359,9 @@ Tiling tiling_of(DepthwiseConvForwardParams const& params) {
     auto const bytes = [=](ImageStrides const& strides) {
       return ((images - before.images) * strides.image + (columns - before.columns) * strides.pixel) * 2;
     };
-    tiling.passes[i] = {images, columns, (images * tiling.strips.pixels + columns) * Traits::pixel_bytes,
-                        bytes(params.input_strides), bytes(params.output_strides)};
+    int const place = Traits::place(images * tiling.strips.pixels + columns);
+    tiling.passes[i] = {images, columns, place * Traits::word_bytes, bytes(params.input_strides),
+                        bytes(params.output_strides)};
   }
   return tiling;
 }

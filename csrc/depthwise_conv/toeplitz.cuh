@@ -24,8 +24,11 @@ struct ToeplitzTraits {
   static constexpr int words = warps;         // of 32 bits: a warp's two channels
   static constexpr int pixels_per_pass = threads / words;
 
-  // Shared memory, in words. An odd pixel stride makes a warp's fragment loads meet a bank twice at most.
-  static constexpr int pixel_stride = words + 1;
+  // Shared memory, in words. Segments lie an odd number of words apart, so that a warp that loads or stores fragments
+  // meets a bank twice at most, and one that takes 8 words of 4 pixels of a segment once.
+  static constexpr int pixel_stride = words;
+  static constexpr int segment_stride = segment * pixel_stride + 1;
+  __host__ __device__ static constexpr int place(int pixel) { return pixel * pixel_stride + pixel / segment; }
 
   static_assert(kernel_size % 2 == 1 && segment + 2 * radius <= depth, "a segment's inputs fit into one product");
   static_assert(depth == 2 * segment, "a strip is one segment longer than its outputs");
@@ -71,11 +74,11 @@ struct Strips {
     return count;
   }
 
-  // Where a segment's inputs begin in a row of the block's strips: every strip before it is one segment longer than its
-  // outputs.
+  // Where a segment's inputs begin in a row of the block's strips in shared memory, in words: every strip before it is
+  // one segment longer than its outputs.
   template <typename Traits>
-  __host__ __device__ __forceinline__ int first_pixel(int index) const {
-    return (index + index / segments) * Traits::segment;
+  __host__ __device__ __forceinline__ int place(int segment) const {
+    return (segment + segment / segments) * Traits::segment_stride;
   }
 };
 
@@ -85,7 +88,7 @@ template <typename Traits>
 __device__ __forceinline__ void load_segment(std::uint32_t (&inputs)[2][2], SharedPointer<std::uint32_t> first) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    SharedPointer<std::uint32_t> const pixel = first + half * Traits::segment * Traits::pixel_stride;
+    SharedPointer<std::uint32_t> const pixel = first + half * Traits::segment_stride;
     std::uint32_t const left = pixel[0], right = pixel[Traits::pixel_stride];
     inputs[0][half] = __byte_perm(left, right, 0x5410);  // the first channel of both pixels
     inputs[1][half] = __byte_perm(left, right, 0x7632);  // the second

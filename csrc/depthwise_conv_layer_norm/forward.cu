@@ -27,7 +27,7 @@ struct Traits : ToeplitzTraits<Element, kernel_size> {
 
   // Of input in a row of a block's strips. Those of less than four segments take more, and more shared memory.
   static constexpr int input_pixels = 80;
-  static constexpr int input_row = input_pixels * Base::pixel_stride;
+  static constexpr int input_row = Base::place(input_pixels);
 
   // The norm: a pixel is normalised by a few lanes, each with every so many words of it.
   static constexpr int lanes = 8;
@@ -80,7 +80,7 @@ struct Share {
 
   __device__ __forceinline__ int pixel(int pass) const { return first_pixel + pass * Traits::pixels_per_pass; }
   // In the block's row in shared memory.
-  __device__ __forceinline__ int place(int pass) const { return pixel(pass) * Traits::pixel_stride + word; }
+  __device__ __forceinline__ int place(int pass) const { return Traits::place(pixel(pass)) + word; }
 };
 
 // What one thread copies of every 16 channels. What lies outside the image stays zero throughout.
@@ -222,7 +222,7 @@ __device__ __forceinline__ std::uint32_t convolve_tile(DepthwiseConvForwardParam
                                                        SharedPointer<std::uint32_t> inputs) {
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   SharedPointer<std::uint32_t> const first =
-      inputs + (tiling.strips.first_pixel<Traits>(lane / 4) + 2 * (lane % 4)) * Traits::pixel_stride + warp;
+      inputs + tiling.strips.place<Traits>(lane / 4) + 2 * (lane % 4) * Traits::pixel_stride + warp;
   InputCopies<Traits> copies(params, tiling.strips, place);
   copies.zero_outside(inputs);
   copies.start(inputs, params.channels);
