@@ -205,7 +205,8 @@ def _conv_layer_norm(size: int) -> Work:
     """csrc/depthwise_conv_layer_norm/forward.cu
 
     A pass of the first loop takes 4 rows of 64 pixels, 2 channels of each in a warp; one of the second all channels of
-    4 pixels. Shared memory, in words of 2 channels: the tile of 256 pixels, then input, 80 pixels in a row, 65 words for 8.
+    4 pixels. Shared memory, in words of 2 channels: the tile of 256 pixels, then input, 80 pixels in a row and 65 words
+    for 8 of them.
     """
 
     def blocks(shape: Shape) -> float:

@@ -16,6 +16,9 @@ __device__ __forceinline__ void keep(std::uint32_t& value) { asm volatile("" : "
 
 __device__ __forceinline__ void keep(char const*& value) { asm volatile("" : "+l"(value)); }
 
+// Keeps accesses to memory on their side of it: the compiler moves no loads up, to wait in registers.
+__device__ __forceinline__ void keep_in_order() { asm volatile("" ::: "memory"); }
+
 template <typename T>
 __device__ __forceinline__ std::uint32_t shared_address(SharedPointer<T> pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));

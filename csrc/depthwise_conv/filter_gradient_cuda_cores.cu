@@ -4,6 +4,7 @@
 // image only, so that a NaN reaches no tap that does not depend on it.
 #include "common/elements.cuh"
 #include "common/launch.cuh"
+#include "common/ptx.cuh"
 #include "common/shared.cuh"
 #include "depthwise_conv/filter_gradient_paths.cuh"
 
@@ -20,6 +21,11 @@ struct Traits {
   static constexpr int channels = 32;
   static constexpr int threads = channels * warps;
   static constexpr int blocks = 3;  // on a multiprocessor: 168 registers for a thread
+
+  static constexpr int taps = kernel_size * kernel_size, bias = taps;
+  static constexpr int stride = channels + 1;  // in shared memory from tap to tap: odd, as they are read by channel
+  static constexpr int warp_sums = (taps + 1) * stride;
+  static constexpr int most_columns = 28;  // between two flushes, each of which takes as long as one of them
 };
 
 // How a launch's blocks share the work.
@@ -30,10 +36,33 @@ struct Walks {
   std::int64_t splits;
 };
 
+// The sums of a lane over a few columns, in registers, and of all before these, in shared memory: the error of a sum grows
+// with the number of its terms, so that it is made in two levels.
 template <typename Traits>
 struct Sums {
   float taps[Traits::kernel_size][Traits::kernel_size] = {};
   float bias = 0.0f;
+  int columns = 0;  // since the last flush
+  SharedPointer<float> totals;
+
+  __device__ explicit Sums(SharedPointer<float> totals) : totals(totals) {
+    for (int tap = 0; tap <= Traits::taps; ++tap) {
+      totals[tap * Traits::stride] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void flush() {
+    constexpr int size = Traits::kernel_size;
+#pragma unroll
+    for (int tap = 0; tap < Traits::taps; ++tap) {
+      totals[tap * Traits::stride] += taps[tap / size][tap % size];
+      taps[tap / size][tap % size] = 0.0f;
+      keep_in_order();
+    }
+    totals[Traits::bias * Traits::stride] += bias;
+    bias = 0.0f;
+    columns = 0;
+  }
 };
 
 // A walk along `rows` rows of grad_output; with all_inside, all rows of the window lie in the image. Column x of the
@@ -88,6 +117,10 @@ struct Walk {
           add_column(sums, first + place, place);
         }
       }
+      sums.columns += size;
+      if (sums.columns >= Traits::most_columns) {
+        sums.flush();
+      }
     }
   }
 
@@ -134,21 +167,13 @@ struct Walk {
 // Adds up the sums of a block's warps, in order, and writes them.
 template <typename Traits>
 __device__ __forceinline__ void write_partial(DepthwiseConvFilterGradientParams const& params,
-                                              Sums<Traits> const& sums, std::int64_t split, int first_channel) {
-  constexpr int size = Traits::kernel_size, taps = size * size, bias = taps;
-  constexpr int stride = Traits::channels + 1;  // from tap to tap: odd, as they are read channel by channel
-  __shared__ SharedArray<float, Traits::warps * (taps + 1) * stride> of_warps;
-  SharedPointer<float> const own = of_warps + threadIdx.x / 32 * ((taps + 1) * stride) + threadIdx.x % 32;
-#pragma unroll
-  for (int tap = 0; tap < taps; ++tap) {
-    own[tap * stride] = sums.taps[tap / size][tap % size];
-  }
-  own[bias * stride] = sums.bias;
+                                              SharedPointer<float> of_warps, std::int64_t split, int first_channel) {
+  constexpr int size = Traits::kernel_size, taps = Traits::taps, bias = Traits::bias;
   __syncthreads();
   auto const sum = [&](int tap, int channel) {
     float total = 0.0f;
     for (int warp = 0; warp < Traits::warps; ++warp) {
-      float const part = of_warps[(warp * (taps + 1) + tap) * stride + channel];
+      float const part = of_warps[warp * Traits::warp_sums + tap * Traits::stride + channel];
       total += part;
     }
     return total;
@@ -172,7 +197,8 @@ __global__ void __launch_bounds__(Traits::threads, Traits::blocks)
   int const channel = min(first_channel + lane, params.channels - 1);  // behind the last any, as nothing is written
   std::int64_t const split = blockIdx.x / walks.channel_blocks;
   std::int64_t const end = first_unit(walks.count, walks.splits, split + 1);
-  Sums<Traits> sums;
+  __shared__ SharedArray<float, Traits::warps * Traits::warp_sums> of_warps;
+  Sums<Traits> sums(of_warps + (warp * Traits::warp_sums + lane));
   for (std::int64_t walk = first_unit(walks.count, walks.splits, split) + warp; walk < end; walk += Traits::warps) {
     std::int64_t const image = walk / walks.of_image;
     int const row = static_cast<int>(walk - image * walks.of_image) * Traits::rows;
@@ -187,7 +213,8 @@ __global__ void __launch_bounds__(Traits::threads, Traits::blocks)
       Walk<Traits, 1, false>(params, image, row, channel).add_to(sums);
     }
   }
-  write_partial<Traits>(params, sums, split, first_channel);
+  sums.flush();
+  write_partial<Traits>(params, of_warps, split, first_channel);
 }
 
 Walks walks_of(DepthwiseConvFilterGradientParams const& params, std::int64_t splits) {

@@ -76,6 +76,8 @@ namespace convnext_kernels {
 template <typename T>
 void keep(T&) {}
 
+inline void keep_in_order() {}
+
 template <typename T>
 void cp_async(SharedPointer<T> destination, T const* source, unsigned valid) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
