@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convnext_kernels.backends import interpreting
+
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
     """Launches a Triton kernel on the device of its first argument, a tensor, and PyTorch's current stream there."""
@@ -17,6 +19,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **co
     with current:
         # A multiply and an add become one instruction and one rounding; from Triton 3.10 on only where asked for.
         kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
+
+
+def architecture(device: torch.device) -> int:
+    """90 for compute capability 9.0; that also in Triton's interpreter, which has none."""
+    if interpreting():
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def float32_precision() -> str:

@@ -1,18 +1,145 @@
-"""The pointwise MLP on Triton's matrix product: two products forward, four backward, all else in their epilogues."""
+"""The pointwise MLP in Triton.
+
+Forward is one kernel that never writes the hidden activations, where there are few channels and nothing is saved, else
+two products; backward is four. All else is in their epilogues.
+"""
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.launch import architecture, float32_precision, launch
+from convnext_kernels.ops.common.layouts import channels, from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
+from convnext_kernels.ops.mlp.configs import TOKENS, WARPS, FusedConfig, fused_config
 from convnext_kernels.ops.mlp.reference import APPROXIMATE, parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
 
 def _per_image(rows: Tensor) -> int:
     return rows[0].numel() // rows.shape[-1] if rows.shape[0] else 1
+
+
+@triton.jit
+def _finish(accumulator, bias_ptr, column_scale_ptr, row_scale, residual_ptr, out_ptr, tile, offsets, mask, c):
+    """Stores some channels of the output: out = residual + row_scale * column_scale * (accumulator + bias)."""
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + c).to(tl.float32)[None, :]
+    if column_scale_ptr is not None:
+        accumulator *= tl.load(column_scale_ptr + c).to(tl.float32)[None, :]
+    accumulator *= row_scale[:, None]
+    if residual_ptr is not None:
+        accumulator += tl.load(residual_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + tile + offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_image"])
+def fused_kernel(
+    input_ptr,
+    weight1_ptr,
+    bias1_ptr,
+    weight2_ptr,
+    bias2_ptr,
+    layer_scale_ptr,
+    drop_path_factor_ptr,
+    residual_ptr,
+    out_ptr,
+    tokens,
+    tokens_per_image,
+    hidden,
+    CHANNELS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Walks over the hidden channels: a few of them at a time, for all channels of a tile of tokens."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask, low = (t < tokens)[:, None], tl.arange(0, LOW)
+    # One 64-bit offset for the tile: with one for each element 128 channels spill 16 bytes on sm_80.
+    tile = tl.program_id(0).to(tl.int64) * (BLOCK_T * CHANNELS)
+    offsets = tl.arange(0, BLOCK_T)[:, None] * CHANNELS + low[None, :]
+    input_low = tl.load(input_ptr + tile + offsets, mask=mask, other=0.0)
+    sum_low = tl.zeros((BLOCK_T, LOW), dtype=tl.float32)
+    if HIGH > 0:
+        high = LOW + tl.arange(0, HIGH)
+        offsets_high = tl.arange(0, BLOCK_T)[:, None] * CHANNELS + high[None, :]
+        input_high = tl.load(input_ptr + tile + offsets_high, mask=mask, other=0.0)
+        sum_high = tl.zeros((BLOCK_T, HIGH), dtype=tl.float32)
+    factor = tl.full((BLOCK_T,), 1.0, dtype=tl.float32)
+    end = hidden
+    if drop_path_factor_ptr is not None:
+        factor = tl.load(drop_path_factor_ptr + t // tokens_per_image, mask=t < tokens, other=0.0).to(tl.float32)
+        end = tl.where(tl.max(tl.abs(factor)) > 0, hidden, 0)
+    for start in range(0, end, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        h_mask = h < hidden
+        row = h[None, :] * CHANNELS
+        weight = tl.load(weight1_ptr + row + low[:, None], mask=h_mask[None, :], other=0.0)
+        activation = tl.dot(input_low, weight, input_precision=PRECISION)
+        if HIGH > 0:
+            weight = tl.load(weight1_ptr + row + high[:, None], mask=h_mask[None, :], other=0.0)
+            activation = tl.dot(input_high, weight, activation, input_precision=PRECISION)
+        if bias1_ptr is not None:
+            activation += tl.load(bias1_ptr + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
+        # Behind the last hidden channel weights are 0: whatever the activation is there, it adds nothing.
+        activated = gelu(activation, ACTIVATION).to(input_ptr.dtype.element_ty)
+        weight = tl.load(weight2_ptr + low[None, :] * hidden + h[:, None], mask=h_mask[:, None], other=0.0)
+        sum_low = tl.dot(activated, weight, sum_low, input_precision=PRECISION)
+        if HIGH > 0:
+            weight = tl.load(weight2_ptr + high[None, :] * hidden + h[:, None], mask=h_mask[:, None], other=0.0)
+            sum_high = tl.dot(activated, weight, sum_high, input_precision=PRECISION)
+    _finish(sum_low, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, low)
+    if HIGH > 0:
+        _finish(sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets_high, mask, high)
+
+
+def _fused_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_factor: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    config: FusedConfig,
+) -> Tensor:
+    rows = to_channels_last(input)
+    output, tokens = rows.new_empty(rows.shape), rows.numel() // rows.shape[-1]
+    launch(
+        fused_kernel,
+        (-(-tokens // TOKENS),),
+        rows,
+        weight1.to(rows.dtype).contiguous(),
+        bias1,
+        weight2.to(rows.dtype).contiguous(),
+        bias2,
+        layer_scale,
+        drop_path_factor,
+        None if residual is None else to_channels_last(residual),
+        output,
+        tokens,
+        _per_image(rows),
+        weight1.shape[0],
+        CHANNELS=rows.shape[-1],
+        LOW=config.low,
+        HIGH=config.high,
+        ACTIVATION=gelu_form(activation, rows.dtype),
+        PRECISION=float32_precision(),
+        BLOCK_T=TOKENS,
+        BLOCK_H=config.hidden,
+        warps=WARPS,
+        num_stages=2,
+    )
+    return from_channels_last(output)
 
 
 def forward(
@@ -32,6 +159,12 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
+    config = None
+    if not save and grn_weight is None and input.shape[0]:
+        config = fused_config(channels(input), input.dtype, architecture(input.device))
+    if config is not None:
+        parameters = (weight1, bias1, weight2, bias2, layer_scale)
+        return _fused_forward(input, *parameters, drop_path_factor, residual, activation, config), nothing(input)
     rows, dtype = to_channels_last(input), input.dtype
     tokens, width, hidden_width = rows.flatten(0, -2), rows.shape[-1], weight1.shape[0]
     count = tokens.shape[0]

@@ -1,0 +1,47 @@
+"""Launch configurations of the MLP in one kernel: data, and the rule that says where it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# A program reads all weights from L2, 16 C^2 bytes: for 128 tokens that takes about as long as their arithmetic, for 64
+# twice as long. Eight warps hold 128 tokens of 192 float32 sums in 96 registers each.
+TOKENS = 128
+WARPS = 8
+
+# By compute capability's first number: up to so many channels, so many hidden channels of a step. Compiled for sm_80,
+# 160 channels take 255 registers with 64 hidden channels and 188 with 32; 192 spill 48 to 96 bytes with 64, 8 with 32
+# (tanh) and none with 16, but for sm_120 8 even then. sm_90 and sm_100 take weights from shared memory to their matrix
+# units, 145 KB of it at 192 channels, and at most 230 registers.
+STEPS = {
+    8: {128: 64, 160: 32, 192: 16},
+    9: {192: 64},
+    10: {192: 64},
+    12: {128: 64, 160: 32},
+}
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Channels in two powers of two, the second one or 0, and hidden channels of a step."""
+
+    low: int
+    high: int
+    hidden: int
+
+
+def fused_config(channels: int, dtype: torch.dtype, architecture: int) -> FusedConfig | None:
+    """The configuration for one kernel, or None where two products are better or channels do not split well.
+
+    Products are of powers of two: 96 = 64 + 32 and 192 = 128 + 64 waste nothing.
+    """
+    low = 1 << (channels.bit_length() - 1)
+    high = channels - low
+    splits = low >= 32 and (high == 0 or (high >= 16 and high & (high - 1) == 0))
+    steps = STEPS.get(architecture // 10, {})
+    hidden = next((hidden for widest, hidden in steps.items() if channels <= widest), None)
+    if not splits or hidden is None or dtype == torch.float32:
+        return None
+    return FusedConfig(low, high, hidden)
