@@ -39,6 +39,8 @@ from convnext_kernels.functional import OPERATORS
 from convnext_kernels.parity import Case
 
 CHANNELS = (24, 40, 96, 128, 384, 768, 1024)
+FUSED_CHANNELS = (48, 64, 80, 160, 192)
+"""More, which the MLP does in one kernel where nothing is saved."""
 
 PRECISIONS = {
     "float32": (torch.float32, "highest"),
@@ -51,7 +53,7 @@ PRECISIONS = {
 PRODUCTS = ("mlp", "patch_linear")
 """Operators that multiply matrices: only they differ between float32 and tf32."""
 
-PRODUCT_KERNEL = "common.matmul_kernel"
+PRODUCT_KERNELS = ("common.matmul_kernel", "mlp.fused_kernel")
 
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a block may have, by architecture (CUDA programming guide, compute capabilities)."""
@@ -83,7 +85,7 @@ def failures(kernel: Kernel) -> list[str]:
     if kernel.shared > SHARED_MEMORY[kernel.architecture]:
         found.append(f"{kernel.shared} bytes of shared memory; a block has {SHARED_MEMORY[kernel.architecture]}")
     # float32 in full precision has no matrix instruction.
-    if kernel.kernel == PRODUCT_KERNEL and kernel.dtype != "float32" and not kernel.matrix_instructions:
+    if kernel.kernel in PRODUCT_KERNELS and kernel.dtype != "float32" and not kernel.matrix_instructions:
         found.append("no matrix instruction")
     return found
 
@@ -124,6 +126,7 @@ def compiling(architecture: int) -> Iterator[dict[str, tuple[JITFunction, Any, f
         with (
             patch.object(JITFunction, "run", compile_only),
             patch.object(backends, "machine_reasons", lambda *_: ()),
+            patch.object(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10)),
             backends.use_backend("triton"),
         ):
             yield compiled
@@ -157,7 +160,7 @@ def _describe(function: JITFunction, compiled: Any, case: Case, precision: str, 
         local=resources["LOCAL"],
         # The assembler's number and Triton's count the static and the dynamic part.
         shared=resources["SHARED"] + compiled.metadata.shared,
-        matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)\b", compiled.asm["ptx"])),
+        matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
     )
 
 
@@ -219,6 +222,7 @@ def _mlp_cases(channels: Iterable[int], quick: bool) -> list[Case]:
     cases.append(case("GRN", 96, block2))
     if quick:
         return cases
+    tanh = {"activation": "gelu_tanh", "recompute_hidden": True}
     return [
         *cases,
         case("7x7 map", 768, block, _image(768, 7, 7)),
@@ -229,8 +233,10 @@ def _mlp_cases(channels: Iterable[int], quick: bool) -> list[Case]:
         case("no bias, scale or residual", 96, ()),
         case("tanh", 96, block, activation="gelu_tanh"),
         case("recomputed, no bias, scale or drop path", 96, ("residual",), recompute_hidden=True),
-        case("recomputed, tanh", 96, block, activation="gelu_tanh", recompute_hidden=True),
+        case("recomputed, tanh", 96, block, **tanh),
         case("recomputed, GRN", 96, block2, recompute_hidden=True),
+        *(case(f"{width} channels, recomputed", width, block, recompute_hidden=True) for width in FUSED_CHANNELS),
+        *(case(f"{width} channels, recomputed, tanh", width, block, **tanh) for width in (128, 160, 192)),
     ]
 
 
@@ -353,7 +359,7 @@ def report(kernels: list[tuple[Kernel, float]], every: bool) -> int:
             out.print(
                 f"FAILED {where}: {failure}\n  {kernel.operator}, {kernel.call}: {kernel.constants}", markup=False
             )
-    if any(kernel.kernel == PRODUCT_KERNEL and kernel.dtype == "float32" for kernel, _ in kernels):
+    if any(kernel.kernel in PRODUCT_KERNELS and kernel.dtype == "float32" for kernel, _ in kernels):
         out.print(
             "float32 in full precision has no matrix instruction; tf32 is what PyTorch's setting may allow instead."
         )
