@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -300,6 +300,9 @@ def _mlp_cases(small: bool) -> list[Case]:
         weights = {"weight1": (hidden, width), "bias1": (hidden,), "weight2": (width, hidden), "bias2": (width,)}
         block = {"layer_scale": (width,), "drop_path_factor": (batch,), "residual": image}
         cases.append(Case("mlp", f"{batch}x{width}x{height}x{length}", {"input": image, **weights, **block}))
+        if width in (96, 128):
+            options = {"recompute_hidden": True}
+            cases.append(replace(cases[-1], name=f"{cases[-1].name}, recomputed", options=options))
     image, hidden, width = (3, 40, 5, 4), 160, 40
     matrices = {"input": image, "weight1": (hidden, width), "weight2": (width, hidden)}
     biases = {"bias1": (hidden,), "bias2": (width,)}

@@ -1,16 +1,33 @@
 """The pointwise MLP."""
 
 from functools import partial
+from importlib import import_module
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from contract import Contract
-from support import arguments_of, assert_far_images_are_right, assert_same, device_of, evaluate, relative_error
+from support import (
+    INTERPRETED,
+    arguments_of,
+    assert_accurate,
+    assert_far_images_are_right,
+    assert_same,
+    device_of,
+    evaluate,
+    relative_error,
+    with_dtype,
+    without_gradients,
+)
 
 from convnext_kernels.functional import mlp
-from convnext_kernels.parity import Case
+from convnext_kernels.ops.mlp.configs import fused_config
+from convnext_kernels.parity import DEFINITIONS, Case, poisoned_memory
 
 HIDDEN = 11
+BIASES = ("bias1", "bias2")
+BLOCK = (*BIASES, "layer_scale", "drop_path_factor", "residual")
 
 
 class TestMLP(Contract):
@@ -114,7 +131,122 @@ class TestMLP(Contract):
         assert not any(result.any() for result in evaluate(self.on(backend), arguments).values())
 
     @pytest.mark.gpu
-    def test_offsets_past_32_bits(self, kernels):
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_offsets_past_32_bits(self, kernels, recompute):
         _, function = self.gpu_call(kernels)
-        call = partial(function, bias1=None, bias2=None)
+        call = partial(function, bias1=None, bias2=None, recompute_hidden=recompute)
         assert_far_images_are_right(call, (2048, 64), {"weight1": (64, 64), "weight2": (64, 64)}, tensors=14)
+
+
+ONE_KERNEL = {
+    "48 channels": (48, 72, (2, 48, 9, 8), BLOCK, {}),
+    "64 channels": (64, 50, (3, 64, 2, 3), BLOCK, {}),
+    "96 channels, tokens": (96, 384, (2, 67, 96), (*BIASES, "drop_path_factor"), {}),
+    "128 channels, tanh": (128, 128, (1, 128, 5, 5), (*BIASES, "residual"), {"activation": "gelu_tanh"}),
+    "192 channels": (192, 160, (2, 192, 3, 3), (), {"bias1": None, "bias2": None}),
+}
+"""Channels, hidden channels, shape of the input, vectors and options: tiles and steps that are not full."""
+
+
+def one_kernel_arguments(name: str, dtype: torch.dtype = torch.float16, **changes: Any) -> dict[str, Any]:
+    width, hidden, shape, vectors, options = ONE_KERNEL[name]
+    lengths = {"bias1": (hidden,), "drop_path_factor": shape[:1], "residual": shape}
+    shapes = {"input": shape, "weight1": (hidden, width), "weight2": (width, hidden)}
+    case = Case("mlp", name, {**shapes, **{v: lengths.get(v, (width,)) for v in vectors}}, options)
+    return {**without_gradients(arguments_of(case, dtype, device=device_of("triton"))), **changes}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Of the forward that is one kernel."""
+    device_of("triton")
+    kernel = import_module("convnext_kernels.ops.mlp.triton_kernel")
+    mock = Mock(wraps=kernel.launch)
+    monkeypatch.setattr(kernel, "launch", mock)
+    yield mock
+    assert all(call.args[0] is kernel.fused_kernel for call in mock.call_args_list)
+
+
+class TestOneKernel:
+    """Forward where nothing is saved and channels are few."""
+
+    @pytest.mark.parametrize("name", ONE_KERNEL)
+    @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+    def test_accuracy(self, name, dtype, launches):
+        arguments = one_kernel_arguments(name, dtype)
+        definition = DEFINITIONS["mlp"]
+        with poisoned_memory():
+            ours = mlp(**arguments, backend="triton")
+        exact = definition(**with_dtype(arguments, torch.float64))
+        theirs = definition(**with_dtype(arguments, dtype))
+        assert launches.call_count == 1
+        assert_accurate({"output": ours}, {"output": theirs}, {"output": exact}, dtype)
+
+    @pytest.mark.parametrize(
+        ("changes", "count"),
+        [
+            ({}, 1),
+            ({"backend": "reference"}, 0),
+            ({"grn_weight": (50,), "grn_bias": (50,)}, 0),
+            ({"input": (0, 64, 2, 3), "residual": (0, 64, 2, 3), "drop_path_factor": (0,)}, 0),
+        ],
+        ids=["plain", "reference", "GRN", "empty batch"],
+    )
+    def test_where_it_is_taken(self, changes, count, launches):
+        arguments = one_kernel_arguments("64 channels", backend="triton")
+        new = arguments["input"].new_zeros
+        arguments |= {name: new(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+        assert mlp(**arguments).shape == arguments["input"].shape
+        assert launches.call_count == count
+
+    @pytest.mark.parametrize(("recompute", "count"), [(True, 1), (False, 0)])
+    def test_training_takes_it_where_nothing_is_saved(self, recompute, count, launches):
+        arguments = one_kernel_arguments("64 channels", recompute_hidden=recompute, backend="triton")
+        arguments["weight1"].requires_grad_()
+        evaluate(mlp, arguments)
+        assert launches.call_count == count
+
+    def test_nan_stays_in_its_token(self, launches):
+        arguments = one_kernel_arguments("48 channels")
+        expected = mlp(**arguments, backend="triton")
+        arguments["input"][0, 5, 8, 7] = torch.nan
+        output = mlp(**arguments, backend="triton")
+        assert launches.call_count == 2 and output[0, :, 8, 7].isnan().all()
+        output[0, :, 8, 7] = expected[0, :, 8, 7]
+        assert torch.equal(output, expected)
+
+    def test_dropped_images(self, launches):
+        """In tiles of their own, whatever they hold, and in those they share with others."""
+        arguments = one_kernel_arguments("48 channels", layer_scale=None)
+        for name in ("input", "residual"):
+            arguments[name] = arguments[name][:, :, :8].repeat(2, 1, 2, 1)
+        factor = torch.tensor([1.25, 0, 0, 1.25], device=arguments["input"].device)
+        expected = mlp(**arguments | {"drop_path_factor": 1.25 * torch.ones_like(factor)}, backend="triton")
+        arguments["input"][1:3] = torch.nan
+        output = mlp(**arguments | {"drop_path_factor": factor}, backend="triton")
+        assert torch.equal(output[1:3], arguments["residual"][1:3])
+        assert torch.equal(output[::3], expected[::3])
+        shared = one_kernel_arguments("64 channels")
+        assert torch.equal(mlp(**shared, backend="triton")[1], shared["residual"][1])
+        shared["residual"] = None
+        assert not mlp(**shared, backend="triton")[1].any() and launches.call_count == 4
+
+    def test_two_runs_and_transposed_weights_give_the_same_bits(self, launches):
+        arguments = one_kernel_arguments("48 channels")
+        expected = mlp(**arguments, backend="triton")
+        assert torch.equal(mlp(**arguments, backend="triton"), expected)
+        arguments |= {name: arguments[name].t().contiguous().t() for name in ("weight1", "weight2")}
+        assert torch.equal(mlp(**arguments, backend="triton"), expected) and launches.call_count == 3
+
+
+@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 110, 120])
+def test_where_one_kernel_is_compiled_for(architecture):
+    def taken(channels, dtype):
+        return fused_config(channels, dtype, architecture) is not None
+
+    widths = [channels for channels in range(8, 400, 8) if taken(channels, torch.bfloat16)]
+    few = [32, 48, 64, 80, 96, 128, 144, 160]
+    assert widths == {11: [], 12: few}.get(architecture // 10, [*few, 192])
+    assert not any(taken(channels, torch.float32) for channels in widths)
+    for config in (fused_config(channels, torch.float16, architecture) for channels in widths):
+        assert config.high in (0, 16, 32, 64) and config.low + config.high in widths
