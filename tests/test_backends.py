@@ -1,6 +1,8 @@
 """Choice of backend: reasons, errors, context manager, compilation."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -119,6 +121,22 @@ def test_without_triton(image, monkeypatch):
         assert "triton is not installed" in explain("layer_norm", image, backend="triton").reasons["triton"]
     finally:
         backends.machine_reasons.cache_clear()
+
+
+def test_only_the_triton_kernels_import_triton():
+    script = """
+import sys
+sys.modules["triton"] = None
+import importlib, pkgutil
+import convnext_kernels
+modules = [module.name for module in pkgutil.walk_packages(convnext_kernels.__path__, "convnext_kernels.")]
+imported = [importlib.import_module(name) for name in modules if ".triton_" not in name and "._" not in name]
+assert "convnext_kernels.ops.mlp.configs" in modules and len(imported) > 30
+import torch
+convnext_kernels.functional.layer_norm(torch.ones(1, 2, 3, 3))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_float64_is_for_the_reference(image):
