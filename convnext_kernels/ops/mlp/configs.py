@@ -13,13 +13,13 @@ WARPS = 8
 
 # By compute capability's first number: up to so many channels, so many hidden channels of a step. Compiled for sm_80,
 # 160 channels take 255 registers with 64 hidden channels and 188 with 32; 192 spill 48 to 96 bytes with 64, 8 with 32
-# (tanh) and none with 16, but for sm_120 8 even then. The matrix units of sm_90 and sm_100 read weights from shared
-# memory, 145 KB of it at 192 channels, where sm_90 takes 217 to 255 registers with 64.
+# (tanh) and none with 16, but for sm_120 8 even then, as do 48 with 64. The matrix units of sm_90 and sm_100 read
+# weights from shared memory, 145 KB of it at 192 channels, where sm_90 takes 217 to 255 registers.
 STEPS = {
     8: {128: 64, 160: 32, 192: 16},
     9: {192: 64},
     10: {192: 64},
-    12: {128: 64, 160: 32},
+    12: {48: 32, 128: 64, 160: 32},
 }
 
 
