@@ -294,3 +294,25 @@ def test_the_slow_path_on_a_gpu_warns_once_with_its_reason():
         layer_norm(tokens)
         layer_norm(tokens)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "expected"),
+    [
+        (96, torch.float16, []),
+        (6144, torch.bfloat16, []),
+        (6152, torch.bfloat16, ["each token is read again: of 6152 channels registers hold 6144"]),
+        (100, torch.float16, ["one channel at a time: 100 channels are no multiple of 8"]),
+        (100, torch.float32, []),
+        (
+            3073,
+            torch.float32,
+            [
+                "one channel at a time: 3073 channels are no multiple of 4",
+                "each token is read again: of 3073 channels registers hold 768",
+            ],
+        ),
+    ],
+)
+def test_slow_norms_are_named(channels, dtype, expected):
+    assert explain("layer_norm", torch.zeros(1, 2, channels, dtype=dtype)).notes["cuda"] == expected

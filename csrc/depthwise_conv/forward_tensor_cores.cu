@@ -1,8 +1,6 @@
 // A block walks down the rows of 16 segments (of one image, or of several where these are narrow), each warp with two
 // channels; see toeplitz.cuh. A step takes one input row, 16 segments X of 16 inputs, which meets K output rows: the
 // products X T_i' are added to these in a ring of accumulators, so that every input is loaded once.
-#include <type_traits>
-
 #include "common/launch.cuh"
 #include "depthwise_conv/paths.h"
 #include "depthwise_conv/toeplitz.cuh"

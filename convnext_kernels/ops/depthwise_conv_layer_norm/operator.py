@@ -17,7 +17,7 @@ from convnext_kernels.ops.common.registration import (
     requested_gradients,
 )
 from convnext_kernels.ops.depthwise_conv.operator import filter_limits, filter_notes
-from convnext_kernels.ops.layer_norm.operator import channel_limits
+from convnext_kernels.ops.layer_norm.operator import channel_limits, channel_notes
 
 
 def _limits(input: Tensor, weight: Tensor, dilation: int) -> dict[str, list[str]]:
@@ -70,7 +70,7 @@ FORWARD = define(
     " bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     limits=lambda input, weight, bias, norm_weight, norm_bias, dilation, *_: _limits(input, weight, dilation),
-    notes=lambda input, *_: filter_notes(input),
+    notes=lambda input, *_: {"cuda": filter_notes(input)["cuda"] + channel_notes(input)["cuda"]},
 )
 
 BACKWARD = define(

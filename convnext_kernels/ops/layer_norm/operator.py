@@ -27,6 +27,21 @@ def channel_limits(input: Tensor) -> dict[str, list[str]]:
     return {"cuda": [], "triton": [too_many] if channels(input) > MAXIMUM_TRITON_CHANNELS else [], "reference": []}
 
 
+CUDA_VECTORS = 3 * 256
+"""Of 16 bytes, that the threads of a block hold of one token; see csrc/layer_norm/tokens.cuh."""
+
+
+def channel_notes(input: Tensor) -> dict[str, list[str]]:
+    """Why the CUDA kernels read a channel at a time, or a token more than once."""
+    width, vector, notes = channels(input), 16 // input.element_size(), []
+    if width % vector:
+        notes.append(f"one channel at a time: {width} channels are no multiple of {vector}")
+        vector = 1
+    if width > CUDA_VECTORS * vector:
+        notes.append(f"each token is read again: of {width} channels registers hold {CUDA_VECTORS * vector}")
+    return {"cuda": notes}
+
+
 def _fake_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +75,7 @@ FORWARD = define(
     "(Tensor input, Tensor? weight, Tensor? bias, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     limits=lambda input, *_: channel_limits(input),
+    notes=lambda input, *_: channel_notes(input),
 )
 
 BACKWARD = define(
