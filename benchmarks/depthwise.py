@@ -8,37 +8,41 @@ graph, over inputs and outputs that take turns so that the others exceed twice t
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.kernel_work import SHAPES, Shape
+from benchmarks.reporting import measure_all
+from benchmarks.timing import (
+    PARITY_FAILED,
+    Measured,
+    Results,
+    Tensors,
+    find_gpu,
+    header,
+    measure_calls,
+    parity_failure,
+    refusal,
+)
 from convnext_kernels import parity
-from convnext_kernels.backends import BackendError
 from convnext_kernels.cli.errors import CommandError, at_least, names, writable
-from convnext_kernels.cli.machine import device_name, provenance
-from convnext_kernels.cli.measure import Timing, Work, measure_over, rotation
-from convnext_kernels.cli.output import console, to_json, write_json
+from convnext_kernels.cli.measure import rotation
+from convnext_kernels.cli.output import console
 
 COPY, PYTORCH = "copy", "PyTorch"
 OURS = ("cuda", "triton")
 BATCHES = (64, 256)
 ROUNDS, QUICK_ROUNDS = 30, 5
 KERNEL_SIZE, EPS = 7, 1e-6
-
-Tensors = Mapping[str, Tensor]
-Results = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,10 @@ class Case:
     batch: int
     shape: Shape
 
+    def __str__(self) -> str:
+        shape = f"{self.batch}x{self.shape.channels}x{self.shape.size}x{self.shape.size}"
+        return f"{self.operation}, {self.dtype}, {shape}"
+
     @property
     def of(self) -> Operation:
         return OPERATIONS[self.operation]
@@ -207,6 +215,8 @@ class Row:
     of_copy_target: float | None = None
     over_pytorch: float | None = None
     over_pytorch_target: float | None = None
+    no_graphs: str | None = None
+    clocks: dict[str, str] | None = None
     failure: str | None = None
 
 
@@ -217,75 +227,52 @@ def run(case: Case, contender: str, tensors: Tensors) -> Results:
     return case.of.theirs(tensors) if contender == PYTORCH else case.of.ours(tensors, contender)
 
 
-def parity_failure(case: Case, contender: str, device: torch.device) -> str | None:
-    """Why one of our backends gets no time: it cannot run, or its error on two images is beyond `parity`'s limit."""
+def check(case: Case, contender: str, device: torch.device) -> str | None:
+    """Why one of our backends gets no time: its error on two images is beyond `parity`'s limit."""
     small = replace(case, batch=2)
     tensors = small.draw(device, seed=1)
-    eps = torch.finfo(parity.DTYPES[case.dtype]).eps
     exact = case.of.theirs({name: tensor.double() for name, tensor in tensors.items()})
-    try:
-        ours = run(small, contender, tensors)
-    except BackendError as error:
-        return f"not available: {error}"
-    for i, (our, their, truth) in enumerate(zip(ours, run(small, PYTORCH, tensors), exact, strict=True)):
-        measures = zip(parity.errors(our, truth), parity.errors(their, truth), parity.ROUNDING_UNITS, strict=True)
-        for our_error, their_error, units in measures:
-            limit = parity.FACTOR * their_error + units * eps / 2
-            if not our_error <= limit:  # a NaN is not
-                return f"parity failed: result {i} off by {our_error:.1e}, limit {limit:.1e}"
-    return None
+    ours, theirs = (run(small, name, tensors) for name in (contender, PYTORCH))
+    return parity_failure(ours, theirs, exact, parity.DTYPES[case.dtype])
 
 
-def _work(case: Case, contender: str, inputs: Sequence[Tensors], device: torch.device) -> Work:
-    """Calls a contender on every input; on a GPU from a CUDA graph, in which all the outputs are alive at once."""
-
-    def call_all(_: object) -> list[Results]:
-        return [run(case, contender, tensors) for tensors in inputs]
-
-    if device.type != "cuda":
-        return call_all
-    for _ in range(3):  # what compiles or chooses an algorithm does so before the capture
-        call_all(None)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call_all(None)
-    return lambda _: graph.replay()
-
-
-def _rows_of(case: Case, timings: Mapping[str, Timing], failures: Mapping[str, str]) -> Iterator[Row]:
+def _rows_of(case: Case, measured: Measured) -> Iterator[Row]:
     for contender in (COPY, PYTORCH, *OURS):
+        failure = measured.failures.get(contender)
         empty = Row(
             *(case.operation, case.dtype, case.batch, case.shape.channels, case.shape.size, contender, case.bytes),
-            failure=failures.get(contender),
+            failure=failure,
         )
-        if contender in failures:
+        if failure is not None:
             yield empty
             continue
+        timings = measured.timings
         timing, ours = timings[contender], contender in OURS
+        over = {name: timing.speedup_over(timings[name]) for name in (COPY, PYTORCH) if name in timings}
         yield replace(
             empty,
             milliseconds=timing.median,
             quartiles=timing.quartiles,
             samples=timing.samples,
             terabytes_per_second=case.bytes / timing.median / 1e9,
-            of_copy=timing.speedup_over(timings[COPY]),
+            of_copy=over.get(COPY),
             of_copy_target=case.of.of_copy(case.shape.size) if ours else None,
-            over_pytorch=None if contender == COPY else timing.speedup_over(timings[PYTORCH]),
+            over_pytorch=None if contender == COPY else over.get(PYTORCH),
             over_pytorch_target=case.of.over_pytorch if ours else None,
+            no_graphs=measured.no_graphs,
+            clocks=measured.clocks,
         )
 
 
 def measure_case(case: Case, device: torch.device, rounds: int) -> list[Row]:
     """Checks and then times all contenders of a case, in turn."""
-    failures = {name: reason for name in OURS if (reason := parity_failure(case, name, device)) is not None}
+    failures = {name: reason for name in OURS if (reason := refusal(partial(check, case, name, device))) is not None}
     argument_bytes = len(case.of.images) * case.bytes // case.of.moved
     inputs = [case.draw(device, seed) for seed in range(rotation(argument_bytes, device))]
     contenders = [name for name in (COPY, PYTORCH, *OURS) if name not in failures]
-    works = {name: _work(case, name, inputs, device) for name in contenders}
-    timings = measure_over(works, [None], device, rounds, lambda: None)
-    per_call = {name: Timing([sample / len(inputs) for sample in timing.samples]) for name, timing in timings.items()}
-    return list(_rows_of(case, per_call, failures))
+    measured = measure_calls({name: partial(run, case, name) for name in contenders}, inputs, device, rounds)
+    measured.failures |= failures
+    return list(_rows_of(case, measured))
 
 
 def _against(value: float | None, target: float | None, unit: str = "") -> list[str]:
@@ -326,37 +313,6 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
-def driver() -> str | None:
-    """The release of NVIDIA's driver, or None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def find_gpu() -> torch.device:
-    """The current GPU."""
-    if not torch.cuda.is_available():
-        raise CommandError("needs an NVIDIA GPU that PyTorch can use; there is none")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def measure_all(
-    cases: Sequence[Case], device: torch.device, rounds: int, header: dict[str, Any], path: Path | None
-) -> list[Row]:
-    """Measures every case; after each the file holds what there is."""
-    rows: list[Row] = []
-    # PyTorch's best algorithm, not its first; and float32 in full.
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
-    with Progress(console=console(stderr=True), transient=True) as progress, cudnn:
-        for case in progress.track(cases, description="measuring"):
-            rows += measure_case(case, device, rounds)
-            if path is not None:
-                path.write_text(to_json({**header, "results": [asdict(row) for row in rows]}) + "\n", encoding="utf-8")
-    return rows
-
-
 def _parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.depthwise", description=description)
@@ -376,25 +332,26 @@ def main(arguments: list[str] | None = None) -> int:
         dtypes = names("--dtype", options.dtype, parity.DTYPES, ["bfloat16"])
         only = names("--only", options.only, OPERATIONS, tuple(OPERATIONS))
         path, device = writable("--json", options.json), find_gpu()
+        if device is None:
+            raise CommandError("needs an NVIDIA GPU that PyTorch can use; there is none")
     except CommandError as error:
         print(f"depthwise: {error}", file=sys.stderr)
         return 2
     cases = [Case(*case) for case in product(only, dtypes, batches, SHAPES)]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    header = {"device": device_name(device), "driver": driver(), "rounds": rounds, **provenance()}
-    rows = measure_all(cases, device, rounds, header, path)
-    if path is not None:
-        write_json(path, {**header, "results": [asdict(row) for row in rows]})
-    return report(rows)
+    head = header(device, rounds=rounds)
+    rows, unmeasured = measure_all(cases, lambda case: measure_case(case, device, rounds), asdict, head, path)
+    return report(rows, unmeasured)
 
 
-def report(rows: Sequence[Row]) -> int:
+def report(rows: Sequence[Row], unmeasured: Mapping[str, str]) -> int:
     """Prints the tables and every failure once; returns the exit code."""
     out = console()
     out.print(*tables(rows))
-    for reason in dict.fromkeys(f"{row.operation}, {row.contender}: {row.failure}" for row in rows if row.failure):
+    failures = [f"{row.operation}, {row.contender}: {row.failure}" for row in rows if row.failure]
+    for reason in dict.fromkeys([*failures, *(f"{case}: {reason}" for case, reason in unmeasured.items())]):
         out.print(reason, style="red", markup=False)
-    return 1 if any((row.failure or "").startswith("parity") for row in rows) else 0
+    return 1 if any((row.failure or "").startswith(PARITY_FAILED) for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import depthwise
-from benchmarks.depthwise import COPY, OPERATIONS, PYTORCH, Case, main, measure_case, parity_failure, run
+from benchmarks import depthwise, timing
+from benchmarks.depthwise import COPY, OPERATIONS, PYTORCH, Case, check, main, measure_case, run
 from benchmarks.kernel_work import Shape
 from convnext_kernels.cli.measure import Timing
 
@@ -30,7 +30,7 @@ def on_a_cpu(monkeypatch):
 
     for name, value in {"SHAPES": [SMALL], "OURS": ("cuda", "reference"), "find_gpu": lambda: CPU}.items():
         monkeypatch.setattr(depthwise, name, value)
-    monkeypatch.setattr(depthwise, "measure_over", measure)
+    monkeypatch.setattr(timing, "measure_over", measure)
     return called
 
 
@@ -39,7 +39,7 @@ def test_measures_what_can_run_and_names_what_cannot(on_a_cpu, tmp_path, capsys)
     assert main(["--quick", "--json", str(path)]) == 0
     content = json.loads(path.read_text())
     assert on_a_cpu == [([COPY, PYTORCH, "reference"], 5)] * len(OPERATIONS)
-    assert {"device", "driver", "machine", "versions", "commit", "date", "rounds"} <= content.keys()
+    assert {"gpu", "device", "driver", "machine", "versions", "commit", "date", "rounds"} <= content.keys()
     rows = {(row["operation"], row["contender"]): row for row in content["results"]}
     assert len(rows) == len(content["results"]) == 4 * len(OPERATIONS)
     assert rows["forward", "cuda"]["failure"].startswith("not available: depthwise_conv2d: backend 'cuda' cannot run")
@@ -93,7 +93,7 @@ def test_results_are_written_as_they_come(on_a_cpu, tmp_path, monkeypatch):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_passes_parity(operation, dtype):
-    assert parity_failure(Case(operation, dtype, 4, SMALL), "reference", CPU) is None
+    assert check(Case(operation, dtype, 4, SMALL), "reference", CPU) is None
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -119,7 +119,7 @@ def test_a_wrong_result_gets_no_time(operation, result, on_a_cpu, monkeypatch, c
 def test_nan_fails_parity(monkeypatch):
     spoilt = replace(OPERATIONS["forward"], ours=lambda tensors, backend: [tensors["input"] * float("nan")])
     monkeypatch.setitem(OPERATIONS, "forward", spoilt)
-    assert parity_failure(Case("forward", "float32", 2, SMALL), "reference", CPU).startswith("parity failed")
+    assert check(Case("forward", "float32", 2, SMALL), "reference", CPU).startswith("parity failed")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

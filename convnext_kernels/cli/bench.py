@@ -26,7 +26,7 @@ from convnext_kernels.cli.images import Photographs, crop_batch, load_photograph
 from convnext_kernels.cli.machine import device_name, find_device, provenance
 from convnext_kernels.cli.measure import Timing, Work, measure, peak_memory
 from convnext_kernels.cli.output import console, write_json
-from convnext_kernels.cli.tasks import COMPILED, EAGER, MODES, OURS, Parity, Task, check_parity, tasks
+from convnext_kernels.cli.tasks import COMPILED, EAGER, MODES, OURS, Parity, Task, check_parity, parity_failure, tasks
 from convnext_kernels.model import list_models
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -131,11 +131,6 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def _parity_failure(checks: Sequence[Parity]) -> str | None:
-    failed = [f"{c.tensors} off by {c.error:.1e}, limit {c.limit:.1e}" for c in checks if not c.passed]
-    return f"parity failed: {'; '.join(failed)}" if failed else None
-
-
 class TaskRun:
     """Prepares, checks and times the contenders of one task."""
 
@@ -146,7 +141,7 @@ class TaskRun:
         self.optimizers: dict[str, torch.optim.Optimizer | None] = {}
         self.failures: dict[str, str] = {}
         self.parity = check_parity(task, self.modules)
-        if failure := _parity_failure(self.parity):
+        if failure := parity_failure(self.parity):
             self.failures[OURS] = failure
         if with_compile:
             self.modules[COMPILED] = task.contender(task.reference)

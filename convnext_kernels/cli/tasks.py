@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -142,6 +142,12 @@ def check_parity(task: Task, modules: Mapping[str, nn.Module]) -> list[Parity]:
     return checks
 
 
+def parity_failure(checks: Sequence[Parity]) -> str | None:
+    """What the checks that failed say, None where all passed."""
+    failed = [f"{c.tensors} off by {c.error:.1e}, limit {c.limit:.1e}" for c in checks if not c.passed]
+    return f"parity failed: {'; '.join(failed)}" if failed else None
+
+
 def randomise(model: nn.Module) -> None:
     """Draws scales near 1, biases that are not 0 and matrices that keep the variance.
 
@@ -172,12 +178,13 @@ def tasks(model: str, modes: list[str], images: Tensor, dtype: torch.dtype) -> I
     if "inference" in modes:
         yield Task(model, "inference", reference, ours, images.to(dtype), dtype)
     if "training" in modes:
-        yield Task(model, "training", reference, ours, images, dtype, _classification(images, dtype), optimizer=True)
+        yield Task(model, "training", reference, ours, images, dtype, classification(images, dtype), optimizer=True)
     if "block" in modes:
         yield from _block_tasks(model, reference, ours, images, dtype)
 
 
-def _classification(images: Tensor, dtype: torch.dtype) -> Objective:
+def classification(images: Tensor, dtype: torch.dtype) -> Objective:
+    """Cross-entropy with a class for each image."""
     targets = torch.arange(len(images), device=images.device) * 37 % 1000
     scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     return lambda logits: (F.cross_entropy(logits, targets) * scale, None)
