@@ -10,7 +10,7 @@ from convnext_kernels.reference import ReferenceBlock, drop_path_factor
 
 
 class ConvNeXtBlock(ReferenceBlock):
-    """The block of ConvNeXt, V1 and V2, as two operators:
+    """The block of ConvNeXt, V1 and V2, as one operator, `functional.convnext_block`:
 
         u   = layer_norm(depthwise_conv2d(input))
         out = input + drop_path_factor * gamma * (grn(gelu(u pwconv1' + b1)) pwconv2' + b2)
@@ -29,7 +29,8 @@ class ConvNeXtBlock(ReferenceBlock):
         eps: epsilon of the layer norm.
         activation: "gelu" (exact) or "gelu_tanh".
         conv_bias: whether the depthwise convolution has a bias.
-        recompute_hidden: save no pre-activation for backward, which then computes it again; see `functional.mlp`.
+        recompute_hidden: save no pre-activation for backward, which then computes it again; None: where that is
+            predicted to be faster, see `functional.convnext_block`.
         backend: "auto", "cuda", "triton" or "reference"; None takes that of `use_backend` at each call.
 
     Shapes: [N, C, H, W] to the same, any H and W. Channels-last memory is native, contiguous NCHW is converted, the
@@ -38,7 +39,7 @@ class ConvNeXtBlock(ReferenceBlock):
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was got and what is accepted. Calls raise what
-            `functional.depthwise_conv2d_layer_norm` and `functional.mlp` raise.
+            `functional.convnext_block` raises.
 
     Source: arXiv 2201.03545, figure 4 (V1); arXiv 2301.00808, section 3.3 (V2).
     """
@@ -56,7 +57,7 @@ class ConvNeXtBlock(ReferenceBlock):
         eps: float = 1e-6,
         activation: str = "gelu",
         conv_bias: bool = True,
-        recompute_hidden: bool = False,
+        recompute_hidden: bool | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -75,29 +76,23 @@ class ConvNeXtBlock(ReferenceBlock):
         self.backend = None if backend is None else check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        u = functional.depthwise_conv2d_layer_norm(
+        drops, grn = self.training and self.drop_path > 0, self.grn
+        return functional.convnext_block(
             input,
             self.dwconv.weight,
             self.dwconv.bias,
             self.norm.weight,
             self.norm.bias,
-            dilation=self.dwconv.dilation[0],
-            eps=self.norm.eps,
-            backend=self.backend,
-        )
-        drops = self.training and self.drop_path > 0
-        grn = self.grn
-        return functional.mlp(
-            u,
             self.pwconv1.weight,
             self.pwconv1.bias,
             self.pwconv2.weight,
             self.pwconv2.bias,
             layer_scale=self.gamma,
             drop_path_factor=drop_path_factor(input, self.drop_path) if drops else None,
-            residual=input,
             grn_weight=None if grn is None else grn.gamma.flatten(),
             grn_bias=None if grn is None else grn.beta.flatten(),
+            dilation=self.dwconv.dilation[0],
+            eps=self.norm.eps,
             grn_eps=1e-6 if grn is None else grn.eps,
             activation=self.activation,
             recompute_hidden=self.recompute_hidden,

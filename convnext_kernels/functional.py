@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convnext_kernels.backends import Explanation, ExplanationReached, explaining
+from convnext_kernels.ops.convnext_block import convnext_block
 from convnext_kernels.ops.depthwise_conv import depthwise_conv2d
 from convnext_kernels.ops.depthwise_conv_layer_norm import depthwise_conv2d_layer_norm
 from convnext_kernels.ops.layer_norm import layer_norm
@@ -19,6 +20,7 @@ from convnext_kernels.ops.response_norm import global_response_norm
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     function.__name__: function
     for function in (
+        convnext_block,
         depthwise_conv2d,
         depthwise_conv2d_layer_norm,
         global_response_norm,

@@ -64,7 +64,7 @@ class ConvNeXt(ReferenceConvNeXt):
     norm_type = _LayerNorm2d
     patch_type = _PatchConv2d
 
-    def __init__(self, *args: Any, recompute_hidden: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute_hidden: bool | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, ConvNeXtBlock):

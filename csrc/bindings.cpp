@@ -146,19 +146,21 @@ void depthwise_conv_layer_norm_forward(Address input, Address weight, Address bi
   check(ck::launch_depthwise_conv_layer_norm_forward(params, pointer<CUstream_st>(stream)));
 }
 
-void layer_norm_forward(Address input, Address weight, Address bias, Address output, Address mean, Address rstd,
-                        ck::ElementType type, ck::ElementType parameter_type, std::int64_t tokens, int channels,
-                        float eps, Address stream) {
+void layer_norm_forward(Address input, Address weight, Address bias, Address drop_path_factor, Address output,
+                        Address mean, Address rstd, ck::ElementType type, ck::ElementType parameter_type,
+                        std::int64_t tokens, std::int64_t tokens_per_image, int channels, float eps, Address stream) {
   ck::LayerNormForwardParams params{};
   params.input = pointer(input);
   params.weight = pointer(weight);
   params.bias = pointer(bias);
+  params.drop_path_factor = pointer<float>(drop_path_factor);
   params.output = pointer(output);
   params.mean = pointer<float>(mean);
   params.rstd = pointer<float>(rstd);
   params.type = type;
   params.parameter_type = parameter_type;
   params.tokens = tokens;
+  params.tokens_per_image = tokens_per_image;
   params.channels = channels;
   params.eps = eps;
   check(ck::launch_layer_norm_forward(params, pointer<CUstream_st>(stream)));
@@ -232,8 +234,9 @@ PYBIND11_MODULE(_C, module) {
              "weight"_a, "bias"_a, "norm_weight"_a, "norm_bias"_a, "drop_path_factor"_a, "output"_a, "convolved"_a,
              "mean"_a, "rstd"_a, "input_strides"_a, "type"_a, "parameter_type"_a, "norm_parameter_type"_a, "shape"_a,
              "kernel_size"_a, "eps"_a, "stream"_a);
-  module.def("layer_norm_forward", &layer_norm_forward, py::kw_only(), "input"_a, "weight"_a, "bias"_a, "output"_a,
-             "mean"_a, "rstd"_a, "type"_a, "parameter_type"_a, "tokens"_a, "channels"_a, "eps"_a, "stream"_a);
+  module.def("layer_norm_forward", &layer_norm_forward, py::kw_only(), "input"_a, "weight"_a, "bias"_a,
+             "drop_path_factor"_a, "output"_a, "mean"_a, "rstd"_a, "type"_a, "parameter_type"_a, "tokens"_a,
+             "tokens_per_image"_a, "channels"_a, "eps"_a, "stream"_a);
   module.def("layer_norm_backward_splits", &layer_norm_backward_splits, py::kw_only(), "type"_a, "tokens"_a,
              "channels"_a);
   module.def("layer_norm_backward", &layer_norm_backward, py::kw_only(), "grad_output"_a, "input"_a, "weight"_a,

@@ -123,14 +123,16 @@ def test_without_triton(image, monkeypatch):
         backends.machine_reasons.cache_clear()
 
 
-def test_only_the_triton_kernels_import_triton():
+def test_only_the_kernels_import_triton():
+    """Triton's, and the block's in CUDA C++, whose products are Triton's."""
     script = """
 import sys
 sys.modules["triton"] = None
 import importlib, pkgutil
 import convnext_kernels
 modules = [module.name for module in pkgutil.walk_packages(convnext_kernels.__path__, "convnext_kernels.")]
-imported = [importlib.import_module(name) for name in modules if ".triton_" not in name and "._" not in name]
+kernels = (".triton_", "._", ".convnext_block.cuda_kernel")
+imported = [importlib.import_module(name) for name in modules if not any(kernel in name for kernel in kernels)]
 assert "convnext_kernels.ops.mlp.configs" in modules and len(imported) > 30
 import torch
 convnext_kernels.functional.layer_norm(torch.ones(1, 2, 3, 3))
@@ -269,6 +271,7 @@ def minimal_calls(image):
     width, vector = image.shape[1], torch.ones(image.shape[1])
     filters, matrix = torch.ones(width, 1, 3, 3), torch.eye(width)
     return {
+        "convnext_block": (image, filters, None, None, None, matrix, None, matrix, None),
         "depthwise_conv2d": (image, filters),
         "depthwise_conv2d_layer_norm": (image, filters, None, None, None),
         "global_response_norm": (image, vector, vector),

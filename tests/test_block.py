@@ -241,12 +241,12 @@ def test_compiled_block_gives_the_same_values_and_gradients(version):
     assert max(relative_error(a, b) for a, b in zip(results.values(), expected.values(), strict=True)) < 1e-6
 
 
-def test_block_is_two_operators():
+def test_block_is_one_operator():
     block, _ = make_pair()
     program = torch.export.export(block, (torch.randn(2, 24, 7, 5),))
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     operators = [name.split(".")[1] for name in called if name.startswith("convnext_kernels.")]
-    assert operators == ["depthwise_conv2d_layer_norm", "mlp"]
+    assert operators == ["convnext_block"]
     assert not [name for name in called if "conv" in name and not name.startswith("convnext_kernels.")]
 
 
@@ -268,7 +268,7 @@ def saved_bytes(block, input):
     return sum(saved.values())
 
 
-@pytest.mark.parametrize(("recompute", "most"), [(False, 0.55), (True, 0.2)])
+@pytest.mark.parametrize(("recompute", "most"), [(False, 0.46), (True, 0.13)])
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_what_is_saved_is_a_fraction_of_what_timm_saves(version, recompute, most):
     grn = version == "v2"

@@ -35,12 +35,14 @@ def _typical_calls(device: torch.device) -> dict[str, tuple[Tensor, ...]]:
 
     images, channels = new(1, CHANNELS, 8, 8), new(CHANNELS)
     convolution = (new(CHANNELS, 1, 7, 7), channels)
+    layers = (new(4 * CHANNELS, CHANNELS), new(4 * CHANNELS), new(CHANNELS, 4 * CHANNELS), channels)
     return {
+        "convnext_block": (images, *convolution, channels, channels, *layers),
         "depthwise_conv2d": (images, *convolution),
         "depthwise_conv2d_layer_norm": (images, *convolution, channels, channels),
         "global_response_norm": (images, channels, channels),
         "layer_norm": (images, channels, channels),
-        "mlp": (images, new(4 * CHANNELS, CHANNELS), new(4 * CHANNELS), new(CHANNELS, 4 * CHANNELS), channels),
+        "mlp": (images, *layers),
         "patch_linear": (images, new(2 * CHANNELS, CHANNELS, 2, 2), new(2 * CHANNELS)),
     }
 

@@ -336,9 +336,13 @@ __device__ __forceinline__ void normalize_tile(DepthwiseConvForwardParams const&
         }
       }
     }
-    if (norm.mean && exists && threadIdx.x % Traits::lanes == 0) {
-      norm.mean[position] = mean;
-      norm.rstd[position] = rstd;
+    if (exists && threadIdx.x % Traits::lanes == 0) {
+      if (norm.mean) {
+        norm.mean[position] = mean;
+      }
+      if (norm.rstd) {
+        norm.rstd[position] = rstd;
+      }
     }
   }
 }

@@ -12,17 +12,17 @@ namespace {
 constexpr int threads = NormTraits::threads;
 
 struct Statistics {
-  float mean = 0.0f, rstd = 0.0f;
-  bool kept;  // a token, and its image not dropped
+  float mean = 0.0f, rstd = 0.0f, scale = 1.0f;  // x = (input - mean) scale
+  bool kept;
 
   __device__ __forceinline__ Statistics(LayerNormBackwardParams const& params, std::int64_t token)
-      : kept(token < params.tokens) {
-    if (kept && params.drop_path_factor) {
-      kept = params.drop_path_factor[token / params.tokens_per_image] != 0.0f;
-    }
+      : kept(is_kept(params, token)) {
     if (kept) {
-      mean = params.mean[token];
       rstd = params.rstd[token];
+      if (params.mean) {
+        mean = params.mean[token];
+        scale = rstd;
+      }
     }
   }
 };
@@ -82,7 +82,7 @@ __device__ __forceinline__ void accumulate(float (&grad_weight)[items][vector], 
     weights.load(weight, share.vector_of(item));
 #pragma unroll
     for (int i = 0; i < vector; ++i) {
-      float const x = (input[i] - statistics.mean) * statistics.rstd, g = grad[i] * weight[i];
+      float const x = (input[i] - statistics.mean) * statistics.scale, g = grad[i] * weight[i];
       grad_weight[item][i] += grad[i] * x;
       grad_bias[item][i] += grad[i];
       sums[0] += g;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_grad_input(Element* grad_input, Staged<Ele
                                                  Statistics const& statistics, float const (&means)[2],
                                                  TokenShare<Element, vector, items> const& share,
                                                  ChannelFloats<vector> const& weights) {
-  float const offset = -statistics.rstd * means[0], slope = -statistics.rstd * statistics.rstd * means[1];
+  float const offset = -statistics.rstd * means[0], slope = -statistics.rstd * statistics.scale * means[1];
 #pragma unroll
   for (int item = 0; item < items; ++item) {
     if (share.has(item)) {
@@ -201,7 +201,7 @@ __device__ void store_grad_inputs_long(LayerNormBackwardParams const& params) {
     Statistics const statistics(params, token);
     auto const g_and_x = [&](int c) -> float2 {
       float const weight = params.weight ? parameter_at<Element>(params.weight, params.parameter_type, c) : 1.0f;
-      return {to_float(grad_output[c]) * weight, (to_float(input[c]) - statistics.mean) * statistics.rstd};
+      return {to_float(grad_output[c]) * weight, (to_float(input[c]) - statistics.mean) * statistics.scale};
     };
     float sums[2] = {0.0f, 0.0f};
     for (int c = threadIdx.x; statistics.kept && c < params.channels; c += threads) {
@@ -234,7 +234,7 @@ __device__ void store_partials_long(LayerNormBackwardParams const& params) {
         std::int64_t const offset = token * params.channels + c;
         float const grad = to_float(static_cast<Element const*>(params.grad_output)[offset]);
         float const input = to_float(static_cast<Element const*>(params.input)[offset]);
-        grad_weight += grad * ((input - statistics.mean) * statistics.rstd);
+        grad_weight += grad * ((input - statistics.mean) * statistics.scale);
         grad_bias += grad;
       }
     }

@@ -16,7 +16,7 @@ struct LayerNormBackwardParams {
   void const* grad_output;  // [tokens, channels], contiguous
   void const* input;        // [tokens, channels], contiguous
   void const* weight;       // [channels], or null for ones
-  float const* mean;        // [tokens]
+  float const* mean;        // [tokens], or null: then input is x, normalised already
   float const* rstd;        // [tokens]
   // [tokens / tokens_per_image], or null: the tokens of an image whose factor is 0 are skipped. Their grad_input is 0
   // and they add nothing to the sums, whatever they hold.

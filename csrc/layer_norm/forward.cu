@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(threads, items == NormTraits::most_items ? 3 :
   auto const input = static_cast<Element const*>(params.input);
   auto const output = static_cast<Element*>(params.output);
   typename decltype(share)::Vectors next;
-  share.load(next, input + offset, token < params.tokens);
+  bool next_kept = is_kept(params, token);
+  share.load(next, input + offset, next_kept);
   weights.template fill<Element>(params.weight, params.parameter_type, params.channels, 1.0f);
   biases.template fill<Element>(params.bias, params.parameter_type, params.channels, 0.0f);
   __syncthreads();
@@ -73,7 +74,9 @@ __global__ void __launch_bounds__(threads, items == NormTraits::most_items ? 3 :
       to_floats(next[item], values[item]);
     }
     std::int64_t const next_offset = offset + step * params.channels;
-    share.load(next, input + next_offset, token + step < params.tokens);
+    bool const kept = next_kept;
+    next_kept = is_kept(params, token + step);
+    share.load(next, input + next_offset, next_kept);
     float mean;
     float const rstd = center(values, mean, share, params, scratch);
     if (token < params.tokens) {
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(threads, items == NormTraits::most_items ? 3 :
           biases.load(bias, share.vector_of(item));
 #pragma unroll
           for (int i = 0; i < vector; ++i) {
-            values[item][i] = values[item][i] * rstd * weight[i] + bias[i];
+            values[item][i] = kept ? values[item][i] * rstd * weight[i] + bias[i] : 0.0f;
           }
           store_vector(output + offset + share.vector_of(item) * vector, from_floats<Element>(values[item]));
         }
@@ -106,14 +109,15 @@ __global__ void __launch_bounds__(threads) layer_norm_forward_long(LayerNormForw
   for (std::int64_t token = blockIdx.x; token < params.tokens; token += gridDim.x) {
     auto const input = static_cast<Element const*>(params.input) + token * params.channels;
     auto const output = static_cast<Element*>(params.output) + token * params.channels;
+    bool const kept = is_kept(params, token);
     float sum[1] = {0.0f};
-    for (int c = threadIdx.x; c < params.channels; c += threads) {
+    for (int c = threadIdx.x; kept && c < params.channels; c += threads) {
       sum[0] += to_float(input[c]);
     }
     sum_over_lanes(sum, threads, round_scratch(scratch, 0));
     float const mean = sum[0] / params.channels;
     float squares[1] = {0.0f};
-    for (int c = threadIdx.x; c < params.channels; c += threads) {
+    for (int c = threadIdx.x; kept && c < params.channels; c += threads) {
       float const value = to_float(input[c]) - mean;
       squares[0] += value * value;
     }
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(threads) layer_norm_forward_long(LayerNormForw
     for (int c = threadIdx.x; c < params.channels; c += threads) {
       float const weight = params.weight ? parameter_at<Element>(params.weight, params.parameter_type, c) : 1.0f;
       float const bias = params.bias ? parameter_at<Element>(params.bias, params.parameter_type, c) : 0.0f;
-      output[c] = from_float<Element>((to_float(input[c]) - mean) * rstd * weight + bias);
+      output[c] = from_float<Element>(kept ? (to_float(input[c]) - mean) * rstd * weight + bias : 0.0f);
     }
     if (threadIdx.x == 0) {
       store_statistics(params, token, mean, rstd);

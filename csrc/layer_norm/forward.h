@@ -15,12 +15,16 @@ struct LayerNormForwardParams {
   void const* input;   // [tokens, channels], contiguous
   void const* weight;  // [channels], or null for ones
   void const* bias;    // [channels], or null for zeros
+  // [tokens / tokens_per_image], or null: the tokens of an image whose factor is 0 are not read. Their output and mean
+  // are 0, their rstd is finite.
+  float const* drop_path_factor;
   void* output;        // [tokens, channels], contiguous
   float* mean;         // [tokens], or null if not wanted
   float* rstd;         // [tokens], or null if not wanted
   ElementType type;            // of input and output
   ElementType parameter_type;  // of weight and bias: the same, or float32
   std::int64_t tokens;
+  std::int64_t tokens_per_image;  // read only where there are drop path factors
   int channels;
   float eps;
 };

@@ -94,6 +94,13 @@ __device__ __forceinline__ SharedPointer<float> round_scratch(SharedPointer<floa
   return scratch + round % 2 * (NormTraits::scratch / 2);
 }
 
+// Whether there is such a token, and its image is not dropped.
+template <typename Params>
+__device__ __forceinline__ bool is_kept(Params const& params, std::int64_t token) {
+  return token < params.tokens &&
+         !(params.drop_path_factor && params.drop_path_factor[token / params.tokens_per_image] == 0.0f);
+}
+
 // This thread's part of each token.
 template <typename Element, int vector, int items>
 struct TokenShare {

@@ -88,11 +88,16 @@ class Contract:
     """What the CUDA kernels are checked on besides `parity.cases`; on a GPU all kernels."""
     more_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
     """Of those cases: the 16-bit types share their code."""
+    sixteen_bit: ClassVar[torch.dtype] = torch.bfloat16
+    """Of what CUDA kernels must keep besides accuracy."""
     cheap_float16: ClassVar[tuple[str, ...] | None] = None
     """The cases that Triton's interpreter runs in float16; None for all."""
     special_values: ClassVar[tuple[float, ...]] = (torch.nan, torch.inf)
     spreading: ClassVar[tuple[str, ...]] = ()
     """Results that may be NaN elsewhere in a channel that holds one: in PyTorch's own kernels and on tensor cores."""
+
+    folds: ClassVar[bool] = False
+    """Whether a call that saves for backward folds weights, and so rounds its output differently."""
 
     @staticmethod
     def examples(batch: int, channels: int, height: int, width: int) -> list[parity.Case]:
@@ -133,10 +138,10 @@ class Contract:
         for name in [name for name in metafunc.fixturenames if name in values]:
             metafunc.parametrize(name, values[name], ids=name_of)
 
-    def takes(self, backend: str, case: parity.Case) -> bool:
-        """Whether a backend runs a case in float32; the reference and Triton at least in the examples."""
+    def takes(self, backend: str, case: parity.Case, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether a backend runs a case; the reference and Triton at least in the examples."""
         device = "cpu" if INTERPRETED else "cuda"
-        return backend != "cuda" or not parity.unsupported(case, torch.float32, device, backend)
+        return backend != "cuda" or not parity.unsupported(case, dtype, device, backend)
 
     def calls(self) -> list[tuple[str, parity.Case, torch.dtype]]:
         """Backends, examples and dtypes of what kernels must keep besides accuracy."""
@@ -148,9 +153,9 @@ class Contract:
             # CUDA kernels have code of their own for 16-bit types.
             *(
                 ("cuda", example, dtype)
-                for dtype in (torch.float32, torch.bfloat16)
+                for dtype in (torch.float32, self.sixteen_bit)
                 for example in examples
-                if "cuda" in BACKENDS and self.takes("cuda", example)
+                if "cuda" in BACKENDS and self.takes("cuda", example, dtype)
             ),
         ]
 
@@ -168,7 +173,7 @@ class Contract:
             if dtype == torch.float32 or self.cheap_float16 is None or case.name in self.cheap_float16
         ]
         cuda = self.parity_calls(small=True) if "cuda" in BACKENDS else []
-        return [*triton, *(("cuda", *call) for call in cuda if self.takes("cuda", call[0]))]
+        return [*triton, *(("cuda", *call) for call in cuda if self.takes("cuda", *call))]
 
     def full(self, **sizes: int) -> parity.Case:
         """The example with all optional arguments."""
@@ -216,7 +221,7 @@ class Contract:
 
     def test_float32_parameters_of_16_bit_activations(self, example, backend):
         device = device_of(backend)
-        dtype = torch.float16 if backend == "triton" else torch.bfloat16
+        dtype = torch.float16 if backend == "triton" else self.sixteen_bit
         arguments = arguments_of(example, dtype, parameters=torch.float32, device=device)
         exact = evaluate(self.definition, with_dtype(arguments, torch.float64))
         theirs = evaluate(self.definition, with_dtype(arguments, dtype))
@@ -312,7 +317,10 @@ class Contract:
         only_one = [tuple(other for other in names if other != name) for name in names]
         for frozen in [*only_one, names[::2], names[1::2], names]:
             got = evaluate(self.on(backend), without_gradients(arguments, frozen))
-            assert_same(got, {n: value for n, value in expected.items() if n.removeprefix("grad ") not in frozen})
+            wanted = {n: value for n, value in expected.items() if n.removeprefix("grad ") not in frozen}
+            if self.folds and frozen == names:
+                assert relative_error(got.pop("output"), wanted.pop("output")) < 1e-6
+            assert_same(got, wanted)
 
     def test_backward_fills_no_zeros(self):
         """PyTorch would make a gradient of zeros for each tensor an operator saved, hidden activations included."""

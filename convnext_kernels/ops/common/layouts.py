@@ -21,11 +21,21 @@ def from_channels_last(output: Tensor) -> Tensor:
     return output.permute(0, 3, 1, 2) if output.dim() == 4 else output
 
 
+def tokens_per_image(rows: Tensor) -> int:
+    """Of channels-last rows [N, ..., C]; 1 where N is 0."""
+    return rows[0].numel() // rows.shape[-1] if rows.shape[0] else 1
+
+
 def empty_like(input: Tensor) -> Tensor:
     """An uninitialised result of the input's shape, in channels-last memory whatever the input's strides."""
     if input.dim() == 4:
         return torch.empty_like(input, memory_format=torch.channels_last)
     return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def empty_statistic(rows: Tensor) -> Tensor:
+    """An uninitialised float32 for each token of channels-last rows [N, ..., C]."""
+    return rows.new_empty(rows.numel() // rows.shape[-1], dtype=torch.float32)
 
 
 def nothing(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:

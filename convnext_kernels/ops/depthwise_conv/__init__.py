@@ -9,15 +9,15 @@ from convnext_kernels.ops.common.checks import autocast, check_input, check_para
 from convnext_kernels.ops.depthwise_conv.operator import FORWARD
 
 
-def check_filter(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> None:
+def check_filter(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, prefix: str = "") -> None:
     """Checks a depthwise filter, its bias and dilation against images [N, C, H, W]."""
-    check_tensor("weight", weight)
+    check_tensor(f"{prefix}weight", weight)
     channels, size = input.shape[1], weight.shape[-1] if weight.dim() == 4 else 0
     if size % 2 == 0 or weight.shape != (channels, 1, size, size):
         accepted = f"[{channels}, 1, K, K] with K odd, for an input of {channels} channels"
-        raise ValueError(f"weight: got shape {list(weight.shape)}; accepted: {accepted}")
-    check_parameter("weight", weight, (channels, 1, size, size), input)
-    check_parameter("bias", bias, (channels,), input)
+        raise ValueError(f"{prefix}weight: got shape {list(weight.shape)}; accepted: {accepted}")
+    check_parameter(f"{prefix}weight", weight, (channels, 1, size, size), input)
+    check_parameter(f"{prefix}bias", bias, (channels,), input)
     if not isinstance(dilation, int) or dilation < 1:
         raise ValueError(f"dilation: got {dilation}; accepted: an integer of at least 1")
 

@@ -16,11 +16,21 @@ from convnext_kernels.ops.common.cuda_launch import (
     partial_sums,
     same_dtype,
 )
-from convnext_kernels.ops.common.layouts import from_channels_last, nothing
+from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 
 
-def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *, flip_filter: bool) -> Tensor:
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    drop_path_factor: Tensor | None,
+    residual: Tensor | None,
+    *,
+    flip_filter: bool,
+) -> Tensor:
     rows, parameters = images(input), same_dtype(weight, bias)
+    residual_rows = None if residual is None else to_channels_last(residual)
+    factor = None if drop_path_factor is None else drop_path_factor.float()
     output = rows.new_empty(rows.shape)
     launch(
         "depthwise_conv_forward",
@@ -28,8 +38,8 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *, flip_filter
         input=address(rows),
         weight=address(parameters[0]),
         bias=address(parameters[1]),
-        residual=0,
-        drop_path_factor=0,
+        residual=address(residual_rows),
+        drop_path_factor=address(factor),
         output=address(output),
         input_strides=image_strides(rows),
         output_strides=image_strides(output),
@@ -42,13 +52,18 @@ def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *, flip_filter
     return from_channels_last(output)
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+def forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, drop_path_factor: Tensor | None = None
+) -> Tensor:
     """As the reference's `forward`, of dilation 1."""
-    return _convolve(input, weight, bias, flip_filter=False)
+    return _convolve(input, weight, bias, drop_path_factor, None, flip_filter=False)
 
 
-def _parameter_gradients(grad_output: Tensor, input: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _parameter_gradients(
+    grad_output: Tensor, input: Tensor, size: int, drop_path_factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
     grads, rows = images(grad_output), images(input)
+    factor = None if drop_path_factor is None else drop_path_factor.float()
     call = {"type": element_type(rows.dtype), "shape": rows.shape, "kernel_size": size}
     splits, channels = library().filter_gradient_splits(**call), rows.shape[-1]
     partials = rows.new_empty((splits, channels * (size * size + 1)), dtype=torch.float32)
@@ -57,7 +72,7 @@ def _parameter_gradients(grad_output: Tensor, input: Tensor, size: int) -> tuple
         rows.device,
         grad_output=address(grads),
         input=address(rows),
-        drop_path_factor=0,
+        drop_path_factor=address(factor),
         partials=address(partials),
         grad_output_strides=image_strides(grads),
         input_strides=image_strides(rows),
@@ -68,14 +83,20 @@ def _parameter_gradients(grad_output: Tensor, input: Tensor, size: int) -> tuple
 
 
 def backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, dilation: int, wanted: list[bool]
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    dilation: int,
+    wanted: list[bool],
+    drop_path_factor: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `backward`, of dilation 1."""
     grad_input, grad_weight, grad_bias = nothing(weight), nothing(weight), nothing(weight)
     if wanted[0]:
-        grad_input = _convolve(grad_output, weight, None, flip_filter=True)
+        grad_input = _convolve(grad_output, weight, None, drop_path_factor, residual, flip_filter=True)
     if wanted[1] or wanted[2]:
-        weight_part, bias_part = _parameter_gradients(grad_output, input, weight.shape[-1])
+        weight_part, bias_part = _parameter_gradients(grad_output, input, weight.shape[-1], drop_path_factor)
         grad_weight = weight_part if wanted[1] else grad_weight
         grad_bias = bias_part if wanted[2] else grad_bias
     return grad_input, grad_weight, grad_bias

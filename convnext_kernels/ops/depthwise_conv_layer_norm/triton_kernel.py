@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from convnext_kernels.ops.common.launch import launch
-from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.layouts import empty_statistic, from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.depthwise_conv import triton_kernel as depthwise_conv
 from convnext_kernels.ops.depthwise_conv.triton_kernel import (
     convolve_rows,
@@ -50,10 +49,12 @@ def _finish_row(
     out = affine(normalized, norm_weight_ptr, norm_bias_ptr, c, c_mask)
     store_row(out_ptr, out, image, row, columns, c, height, width, channels)
     if convolved_ptr is not None:
-        indices, mask = pixel_indices(image, row, columns, height, width)
         store_row(convolved_ptr, convolved, image, row, columns, c, height, width, channels)
-        tl.store(mean_ptr + indices, mean, mask=mask)
+    if rstd_ptr is not None:
+        indices, mask = pixel_indices(image, row, columns, height, width)
         tl.store(rstd_ptr + indices, rstd, mask=mask)
+        if mean_ptr is not None:
+            tl.store(mean_ptr + indices, mean, mask=mask)
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -63,6 +64,7 @@ def fused_kernel(
     bias_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
+    drop_path_factor_ptr,
     out_ptr,
     convolved_ptr,
     mean_ptr,
@@ -79,7 +81,7 @@ def fused_kernel(
     image, row, columns = tile_position(tl.program_id(0), height, width, DILATION, BLOCK_W)
     c = tl.arange(0, BLOCK_C)
     row0, row1, row2, row3 = convolve_rows(
-        input_ptr, weight_ptr, bias_ptr, image, row, columns, c, height, width, channels,
+        input_ptr, weight_ptr, bias_ptr, drop_path_factor_ptr, image, row, columns, c, height, width, channels,
         SIZE, DILATION, False, BLOCK_W, BLOCK_C,
     )  # fmt: skip
     _finish_row(
@@ -101,21 +103,22 @@ def fused_kernel(
 
 
 def _fused(
-    input: Tensor,
+    rows: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     dilation: int,
     eps: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = to_channels_last(input)
-    batch, height, width, channels = rows.shape
+    drop_path_factor: Tensor | None = None,
+    convolved: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> Tensor:
+    """The output; `convolved`, `mean` and `rstd` are filled where they are given."""
+    _, height, width, channels = rows.shape
     config = fused_config(width, channels, weight.shape[-1])
-    output, pixels = rows.new_empty(rows.shape), batch * height * width
-    convolved = rows.new_empty(rows.shape) if save else None
-    mean, rstd = (rows.new_empty(pixels, dtype=torch.float32) if save else None for _ in range(2))
+    output = rows.new_empty(rows.shape)
     launch(
         fused_kernel,
         (tile_count(rows, dilation, config.pixels),),
@@ -124,6 +127,7 @@ def _fused(
         bias,
         norm_weight,
         norm_bias,
+        drop_path_factor,
         output,
         convolved,
         mean,
@@ -138,10 +142,7 @@ def _fused(
         BLOCK_C=config.channels,
         warps=config.warps,
     )
-    output = from_channels_last(output)
-    if convolved is None or mean is None or rstd is None:
-        return output, nothing(input), nothing(input), nothing(input)
-    return output, from_channels_last(convolved), mean, rstd
+    return from_channels_last(output)
 
 
 def forward(
@@ -155,6 +156,22 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference's `forward`: one kernel where whole pixels fit into registers, else two."""
-    if input.shape[1] <= MAXIMUM_FUSED_CHANNELS:
-        return _fused(input, weight, bias, norm_weight, norm_bias, dilation, eps, save)
-    return _two_steps.forward(input, weight, bias, norm_weight, norm_bias, dilation, eps, save)
+    if input.shape[1] > MAXIMUM_FUSED_CHANNELS:
+        return _two_steps.forward(input, weight, bias, norm_weight, norm_bias, dilation, eps, save)
+    rows, parameters = to_channels_last(input), (weight, bias, norm_weight, norm_bias, dilation, eps)
+    if not save:
+        return _fused(rows, *parameters), nothing(input), nothing(input), nothing(input)
+    convolved, mean, rstd = rows.new_empty(rows.shape), *(empty_statistic(rows) for _ in range(2))
+    output = _fused(rows, *parameters, convolved=convolved, mean=mean, rstd=rstd)
+    return output, from_channels_last(convolved), mean, rstd
+
+
+def forward_normalized(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, eps: float, drop_path_factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As the reference's `forward_normalized`: one kernel where `forward` is one."""
+    if input.shape[1] > MAXIMUM_FUSED_CHANNELS:
+        return _two_steps.forward_normalized(input, weight, bias, dilation, eps, drop_path_factor)
+    rows = to_channels_last(input)
+    rstd = empty_statistic(rows)
+    return _fused(rows, weight, bias, None, None, dilation, eps, drop_path_factor, rstd=rstd), rstd

@@ -33,6 +33,23 @@ class TwoSteps:
         output, mean, rstd = self.layer_norm.forward(convolved, norm_weight, norm_bias, eps, save)
         return output, convolved if save else nothing(input), mean, rstd
 
+    def forward_normalized(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: int,
+        eps: float,
+        drop_path_factor: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Output without norm_weight and norm_bias, and rstd [pixels]: what a block saves.
+
+        Kernels give zeros for images whose drop_path_factor [N] is 0, and do not read them.
+        """
+        convolved = self.depthwise_conv.forward(input, weight, bias, dilation, drop_path_factor)
+        normalized, _, rstd = self.layer_norm.forward(convolved, None, None, eps, True, drop_path_factor)
+        return normalized, rstd
+
     def backward(
         self,
         grad_output: Tensor,

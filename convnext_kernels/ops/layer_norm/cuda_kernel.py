@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from convnext_kernels.ops.common.cuda_launch import (
@@ -14,30 +13,44 @@ from convnext_kernels.ops.common.cuda_launch import (
     partial_sums,
     same_dtype,
 )
-from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.layouts import (
+    empty_statistic,
+    from_channels_last,
+    nothing,
+    to_channels_last,
+    tokens_per_image,
+)
 
 
 def forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    save: bool,
+    drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `forward`."""
     rows, parameters = to_channels_last(input), same_dtype(weight, bias)
+    factor = None if drop_path_factor is None else drop_path_factor.float()
     channels = rows.shape[-1]
     tokens = rows.numel() // channels
     output = rows.new_empty(rows.shape)
-    mean, rstd = (rows.new_empty(tokens, dtype=torch.float32) if save else None for _ in range(2))
+    mean, rstd = (empty_statistic(rows) if save else None for _ in range(2))
     launch(
         "layer_norm_forward",
         rows.device,
         input=address(rows),
         weight=address(parameters[0]),
         bias=address(parameters[1]),
+        drop_path_factor=address(factor),
         output=address(output),
         mean=address(mean),
         rstd=address(rstd),
         type=element_type(rows.dtype),
         parameter_type=parameter_type(rows.dtype, *parameters),
         tokens=tokens,
+        tokens_per_image=tokens_per_image(rows),
         channels=channels,
         eps=eps,
     )
@@ -50,18 +63,20 @@ def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     wanted: list[bool],
+    drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `backward`."""
+    factor = None if drop_path_factor is None else drop_path_factor.float()
     grads, rows, parameters = to_channels_last(grad_output), to_channels_last(input), same_dtype(weight)
     channels = rows.shape[-1]
     call = {"type": element_type(rows.dtype), "tokens": rows.numel() // channels, "channels": channels}
     grad_input = rows.new_empty(rows.shape) if wanted[0] else None
     partials = None
     if wanted[1] or wanted[2]:
-        partials = mean.new_empty((library().layer_norm_backward_splits(**call), 2 * channels))
+        partials = rstd.new_empty((library().layer_norm_backward_splits(**call), 2 * channels))
     launch(
         "layer_norm_backward",
         rows.device,
@@ -70,14 +85,14 @@ def backward(
         weight=address(parameters[0]),
         mean=address(mean),
         rstd=address(rstd),
-        drop_path_factor=0,
+        drop_path_factor=address(factor),
         grad_input=address(grad_input),
         partials=address(partials),
         parameter_type=parameter_type(rows.dtype, *parameters),
-        tokens_per_image=1,
+        tokens_per_image=tokens_per_image(rows),
         **call,
     )
-    sums = nothing(mean) if partials is None else partial_sums(partials)
+    sums = nothing(rstd) if partials is None else partial_sums(partials)
     return (
         nothing(input) if grad_input is None else from_channels_last(grad_input),
         sums[:channels] if wanted[1] else nothing(input),

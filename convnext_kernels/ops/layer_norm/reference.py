@@ -16,9 +16,17 @@ from convnext_kernels.ops.common.layouts import (
 
 
 def forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    save: bool,
+    drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, and where `save` asks for them mean and rstd [tokens], in float32; see `layer_norm`."""
+    """Output, and where `save` asks for them mean and rstd [tokens], in float32; see `layer_norm`.
+
+    Kernels give zeros for images whose drop_path_factor is 0.
+    """
     rows = to_channels_last(input)
     shape = [rows.shape[-1]]
     weight = None if weight is None else weight.to(rows.dtype)
@@ -35,21 +43,26 @@ def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     wanted: list[bool],
+    drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input, weight and bias (both in float32), with x^ the normalised input and g = grad_output weight:
 
     grad_input  = rstd (g - mean_c(g) - x^ mean_c(g x^))
     grad_weight = sum over tokens of grad_output x^
     grad_bias   = sum over tokens of grad_output
+
+    Where mean is None the input is x^ itself. Where drop_path_factor [N] is 0, grad_output must be; kernels then skip
+    the image.
     """
     grad_rows, rows = to_channels_last(grad_output), to_channels_last(input)
     shape = [rows.shape[-1]]
-    statistics = [s.view(*rows.shape[:-1], 1) for s in (mean, rstd)]
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        grad_rows, rows = grad_rows.float(), rows.float()
+    grad_rows, rows = at_least_float32(grad_rows), at_least_float32(rows)
+    statistics = [s.view(*rows.shape[:-1], 1) for s in (torch.zeros_like(rstd) if mean is None else mean, rstd)]
+    if mean is None:
+        rows = rows / statistics[1]
     unit = torch.ones(shape, dtype=rows.dtype, device=rows.device) if weight is None else weight.to(rows.dtype)
     grad_input, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_rows, rows, shape, *statistics, unit, unit, wanted

@@ -8,7 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from convnext_kernels.ops.common.launch import launch
-from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.layouts import (
+    empty_statistic,
+    from_channels_last,
+    nothing,
+    to_channels_last,
+    tokens_per_image,
+)
 from convnext_kernels.ops.layer_norm.configs import BACKWARD_PROGRAMS, norm_config
 
 
@@ -31,15 +37,26 @@ def affine(tile, weight_ptr, bias_ptr, c, c_mask):
     return tile
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def _kept(drop_path_factor_ptr, t, t_mask, tokens_per_image):
+    """Which tokens exist and are not of a dropped image."""
+    if drop_path_factor_ptr is not None:
+        factor = tl.load(drop_path_factor_ptr + t // tokens_per_image, mask=t_mask, other=0.0)
+        t_mask &= factor.to(tl.float32) != 0
+    return t_mask
+
+
+@triton.jit(do_not_specialize=["tokens", "tokens_per_image"])
 def forward_kernel(
     input_ptr,
     weight_ptr,
     bias_ptr,
+    drop_path_factor_ptr,
     out_ptr,
     mean_ptr,
     rstd_ptr,
     tokens,
+    tokens_per_image,
     channels,
     eps,
     BLOCK_T: tl.constexpr,
@@ -49,27 +66,30 @@ def forward_kernel(
     c = tl.arange(0, BLOCK_C)
     t_mask, c_mask = t < tokens, c < channels
     offsets, mask = t[:, None] * channels + c[None, :], t_mask[:, None] & c_mask[None, :]
-    tile = tl.load(input_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    kept = _kept(drop_path_factor_ptr, t, t_mask, tokens_per_image)
+    tile = tl.load(input_ptr + offsets, mask=mask & kept[:, None], other=0.0).to(tl.float32)
     normalized, mean, rstd = normalize(tile, c_mask, channels, eps)
-    out = affine(normalized, weight_ptr, bias_ptr, c, c_mask)
+    out = tl.where(kept[:, None], affine(normalized, weight_ptr, bias_ptr, c, c_mask), 0.0)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
     if mean_ptr is not None:
         tl.store(mean_ptr + t, mean, mask=t_mask)
         tl.store(rstd_ptr + t, rstd, mask=t_mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_per_program"])
+@triton.jit(do_not_specialize=["tokens", "tokens_per_program", "tokens_per_image"])
 def backward_kernel(
     grad_ptr,
     input_ptr,
     weight_ptr,
     mean_ptr,
     rstd_ptr,
+    drop_path_factor_ptr,
     grad_input_ptr,
     grad_weight_ptr,
     grad_bias_ptr,
     tokens,
     tokens_per_program,
+    tokens_per_image,
     channels,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -83,11 +103,14 @@ def backward_kernel(
         t = program * tokens_per_program + start + tl.arange(0, BLOCK_T)
         t_mask = t < tokens
         offsets, mask = t[:, None] * channels + c[None, :], t_mask[:, None] & c_mask[None, :]
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tile = tl.load(input_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + t, mask=t_mask, other=0.0)
-        rstd = tl.load(rstd_ptr + t, mask=t_mask, other=0.0)
-        normalized = tl.where(c_mask[None, :], (tile - mean[:, None]) * rstd[:, None], 0.0)
+        kept = _kept(drop_path_factor_ptr, t, t_mask, tokens_per_image)
+        grad = tl.load(grad_ptr + offsets, mask=mask & kept[:, None], other=0.0).to(tl.float32)
+        tile = tl.load(input_ptr + offsets, mask=mask & kept[:, None], other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + t, mask=kept, other=0.0)
+        normalized = tile
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + t, mask=kept, other=0.0)
+            normalized = tl.where(c_mask[None, :], (tile - mean[:, None]) * rstd[:, None], 0.0)
         grad_weight += grad * normalized
         grad_bias += grad
         if grad_input_ptr is not None:
@@ -101,24 +124,31 @@ def backward_kernel(
 
 
 def forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, save: bool
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    save: bool,
+    drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `forward`."""
     rows = to_channels_last(input)
     channels = rows.shape[-1]
     tokens, config = rows.numel() // channels, norm_config(channels)
     output = rows.new_empty(rows.shape)
-    mean, rstd = (rows.new_empty(tokens, dtype=torch.float32) if save else None for _ in range(2))
+    mean, rstd = (empty_statistic(rows) if save else None for _ in range(2))
     launch(
         forward_kernel,
         (-(-tokens // config.tokens),),
         rows,
         weight,
         bias,
+        drop_path_factor,
         output,
         mean,
         rstd,
         tokens,
+        tokens_per_image(rows),
         channels,
         eps,
         BLOCK_T=config.tokens,
@@ -134,9 +164,10 @@ def backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     wanted: list[bool],
+    drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `backward`."""
     grads, rows = to_channels_last(grad_output), to_channels_last(input)
@@ -154,11 +185,13 @@ def backward(
         weight,
         mean,
         rstd,
+        drop_path_factor,
         grad_input,
         partial[0],
         partial[1],
         tokens,
         per_program,
+        tokens_per_image(rows),
         channels,
         BLOCK_T=config.tokens,
         BLOCK_C=config.channels,

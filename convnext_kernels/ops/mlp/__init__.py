@@ -33,6 +33,37 @@ def _checked_residual(residual: Tensor | None, input: Tensor) -> Tensor | None:
     return residual
 
 
+def check_mlp(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_factor: Tensor | None,
+    grn_weight: Tensor | None,
+    grn_bias: Tensor | None,
+    grn_eps: float,
+    activation: str,
+) -> None:
+    """Checks everything but the residual against the input."""
+    check_tensor("weight1", weight1)
+    width, hidden = channels(input), weight1.shape[0] if weight1.dim() == 2 else 4 * channels(input)
+    check_parameter("weight1", weight1, (hidden, width), input)
+    check_parameter("bias1", bias1, (hidden,), input)
+    check_tensor("weight2", weight2)
+    check_parameter("weight2", weight2, (width, hidden), input)
+    check_parameter("bias2", bias2, (width,), input)
+    check_parameter("layer_scale", layer_scale, (width,), input)
+    check_parameter("drop_path_factor", drop_path_factor, (input.shape[0],), input)
+    check_parameter("grn_weight", grn_weight, (hidden,), input)
+    check_parameter("grn_bias", grn_bias, (hidden,), input)
+    if (grn_weight is None) != (grn_bias is None):
+        raise ValueError("grn_weight, grn_bias: got one of the two; accepted: both or neither")
+    check_positive("grn_eps", grn_eps)
+    check_choice("activation", activation, ACTIVATIONS)
+
+
 def mlp(
     input: Tensor,
     weight1: Tensor,
@@ -88,22 +119,10 @@ def mlp(
     Source: ConvNeXt, arXiv 2201.03545, figure 4; GRN from arXiv 2301.00808; stochastic depth from arXiv 1603.09382.
     """
     check_input(input, (3, 4))
-    check_tensor("weight1", weight1)
     input = autocast(input)
-    width, hidden = channels(input), weight1.shape[0] if weight1.dim() == 2 else 4 * channels(input)
-    check_parameter("weight1", weight1, (hidden, width), input)
-    check_parameter("bias1", bias1, (hidden,), input)
-    check_tensor("weight2", weight2)
-    check_parameter("weight2", weight2, (width, hidden), input)
-    check_parameter("bias2", bias2, (width,), input)
-    check_parameter("layer_scale", layer_scale, (width,), input)
-    check_parameter("drop_path_factor", drop_path_factor, (input.shape[0],), input)
-    check_parameter("grn_weight", grn_weight, (hidden,), input)
-    check_parameter("grn_bias", grn_bias, (hidden,), input)
-    if (grn_weight is None) != (grn_bias is None):
-        raise ValueError("grn_weight, grn_bias: got one of the two; accepted: both or neither")
-    check_positive("grn_eps", grn_eps)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_mlp(
+        input, weight1, bias1, weight2, bias2, layer_scale, drop_path_factor, grn_weight, grn_bias, grn_eps, activation
+    )
     residual = _checked_residual(residual, input)
     return FORWARD(
         input,
