@@ -9,7 +9,9 @@ import pytest
 import torch
 from emulator import emulated
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from convnext_kernels import parity
 from convnext_kernels.backends import machine_reasons
@@ -193,3 +195,23 @@ class OperatorCalls(TorchDispatchMode):
         if function.namespace == "convnext_kernels":
             self.calls.append((function, args))
         return function(*args, **(kwargs or {}))
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within the context, notes the memory of every tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memories: dict[StorageWeakRef, int] = {}
+
+    def bytes(self) -> int:
+        """How much of that memory is still in use."""
+        return sum(size for memory, size in self.memories.items() if not memory.expired())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                memory = tensor.untyped_storage()
+                self.memories[StorageWeakRef(memory)] = memory.nbytes()
+        return result

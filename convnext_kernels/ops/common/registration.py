@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from convnext_kernels.backends import choose
@@ -77,16 +78,30 @@ def define(
 
 
 def below_autograd(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
-    """Calls an operator from inside its own autograd function."""
-    with torch._C._AutoDispatchBelowAutograd():
+    """Calls an operator from inside its own autograd function.
+
+    Its results are then no views that autograd knows of, so that users may change them in place.
+    """
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return operator(*arguments)
 
 
+def _any_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether forward-mode differentiation goes through the call; outside of it that costs one comparison."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in arguments
+    )
+
+
 def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
-    """Makes `function` the operator's gradient; calls that need none go straight to the kernels."""
+    """Makes `function` the operator's gradient; calls that need none go straight to the kernels.
+
+    Derivatives that `function` lacks, those of forward mode among them, are PyTorch's error to raise.
+    """
 
     def autograd(*arguments: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        if wanted or _any_tangent(arguments):
             return function.apply(*arguments)
         return below_autograd(operator, *arguments)
 
