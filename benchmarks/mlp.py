@@ -42,7 +42,7 @@ MODELS = ("tiny", "small", "base", "large", "xlarge")
 BATCHES = (128, 256)
 LEAST_TOKENS, MOST_TOKENS = 100_352, 802_816
 
-ROUNDS, SETUP_SECONDS = 12, 3
+ROUNDS, SETUP_SECONDS = 12, {FORWARD: 3, BACKWARD: 11}
 COPY_BYTES, PRODUCT_SIZE = 2**30, 8192
 PARITY_TOKENS = 4099
 """No multiple of a tile."""
@@ -233,7 +233,7 @@ def plan(case: Case) -> list[Row]:
 
 def seconds(case: Case, rounds: int) -> float:
     """What a case is expected to take: samples, and compiling, drawing, checking and warming up."""
-    return rounds * (4 + len(OURS)) * SAMPLE_MILLISECONDS / 1e3 + SETUP_SECONDS
+    return rounds * (4 + len(OURS)) * SAMPLE_MILLISECONDS / 1e3 + SETUP_SECONDS[case.mode]
 
 
 def _parser() -> argparse.ArgumentParser:

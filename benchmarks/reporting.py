@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from benchmarks.timing import PARITY_FAILED, Measured, failure_of, fair, find_gpu, header
-from convnext_kernels.cli.errors import at_least, writable
+from convnext_kernels.cli.errors import CommandError, at_least, writable
 from convnext_kernels.cli.output import console, to_json, write_json
 
 Case = TypeVar("Case")
@@ -195,6 +197,16 @@ def report(rows: Sequence[Row], unmeasured: dict[str, str]) -> int:
     return 1 if any((row.failure or "").startswith(PARITY_FAILED) for row in rows) else 0
 
 
+@contextmanager
+def ends_within(minutes: float) -> Iterator[None]:
+    """Ends the process after that time: a GPU that hangs cannot be interrupted otherwise, and the file is written."""
+    faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def run_cases(
     options: argparse.Namespace,
     cases: Sequence[Case],
@@ -212,6 +224,8 @@ def run_cases(
     """
     path, device = writable("--json", options.json), find_gpu()
     rounds = at_least("--rounds", options.rounds, 1)
+    if not options.minutes > 0:
+        raise CommandError(f"--minutes: got {options.minutes:g}; accepted: more than 0")
     head = header(device, rounds=rounds, minutes=options.minutes)
     if device is None:
         print("there is no NVIDIA GPU that PyTorch can use: nothing is timed; the counts, and the targets:")
@@ -221,7 +235,8 @@ def run_cases(
     else:
         total, limit = sum(map(seconds, cases)), f"none is begun that would end after {options.minutes:g} minutes"
         print(f"{len(cases)} cases on {head['device']}, about {total:.0f} s by estimate; {limit}", flush=True)
-        rows, unmeasured = measure_all(
-            *(cases, lambda case: measure(case, device, rounds), Row.as_dict, head, path, seconds, options.minutes)
-        )
+        with ends_within(2 * options.minutes):
+            rows, unmeasured = measure_all(
+                *(cases, lambda case: measure(case, device, rounds), Row.as_dict, head, path, seconds, options.minutes)
+            )
     return report(rows, unmeasured)

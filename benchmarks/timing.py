@@ -53,7 +53,7 @@ def clocks(device: torch.device) -> dict[str, str] | None:
         return None
     fields = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    chosen = () if uuid is None else ("-i", f"GPU-{uuid}")
+    chosen = () if uuid is None else ("-i", f"GPU-{str(uuid).removeprefix('GPU-')}")
     answer = _nvidia_smi(f"--query-gpu={','.join(fields)}", *chosen)
     if answer is None:
         return None

@@ -1,6 +1,7 @@
 """What the benchmarks on a GPU share. Where there is no GPU, stand-ins note what is asked of CUDA."""
 
 import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -199,6 +200,12 @@ def test_a_case_that_raises_leaves_the_others(tmp_path, capsys):
     rows, unmeasured = measure_all([0, 1, 2], measure, lambda row: {"row": row}, {"device": "none"}, path)
     assert rows == [0, 2] and unmeasured == {"1": "RuntimeError: an illegal memory access was encountered"}
     assert '"unmeasured": {\n    "1": "RuntimeError' in path.read_text()
+
+
+def test_a_hang_ends():
+    script = "import time; from benchmarks.reporting import ends_within\nwith ends_within(0.2 / 60): time.sleep(30)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1 and "Timeout (0:00:00.200000)" in result.stderr
 
 
 def test_verdicts():

@@ -137,6 +137,7 @@ def test_what_is_written_and_the_verdicts(known_times, tmp_path, capsys):
 def test_ours_passes(mode, dtype):
     case = Case(mode, dtype, 2, 40, 7, False)
     modules = case.modules(CPU)
+    assert [modules[name].recompute_hidden for name in case.ours] == [False, True][: len(case.ours)]
     assert [check(case, modules, name, CPU) for name in case.ours] == [None] * len(case.ours)
 
 
@@ -185,6 +186,15 @@ def test_a_wrong_model_gets_no_time(known_times, tmp_path, monkeypatch):
     assert [names for names, *_ in known_times] == [[EAGER], []]
     failures = [row["failure"] for row in written(path)[0]["results"] if row["contender"] != EAGER]
     assert len(failures) == 4 and all(failure.startswith("parity failed: output off by") for failure in failures)
+
+
+def test_models_recompute_where_asked(on_a_cpu):
+    step = Step("convnext_tiny", "bfloat16", 2, 32)
+    for name in (OURS, RECOMPUTED):
+        ours = step.task(name, step.images(CPU)).ours
+        assert {block.recompute_hidden for block in ours.stages.modules() if hasattr(block, "gamma")} == {
+            name == RECOMPUTED
+        }
 
 
 def test_a_check_of_dropping_drops_the_same_samples(on_a_cpu):
@@ -281,6 +291,7 @@ def test_without_a_gpu_counts_and_targets(tmp_path, monkeypatch, capsys):
     [
         (["--batch", "0"], "--batch: got 0"),
         (["--step-batch", "0"], "--step-batch: got 0"),
+        (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
         (["--channels", "100"], "--channels: got '100'; accepted: 96, 192, 384, 768"),
         (["--dtype", "float32"], "--dtype: got 'float32'; accepted: bfloat16, float16"),
         (["--mode", "inference"], "--mode: got 'inference'; accepted: forward, backward, step"),

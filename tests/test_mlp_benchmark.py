@@ -245,6 +245,7 @@ def test_without_a_gpu_counts_and_targets(tmp_path, monkeypatch, capsys):
         (["--tokens", "0"], "--tokens: got 0"),
         (["--channels", "0"], "--channels: got 0"),
         (["--rounds", "0"], "--rounds: got 0"),
+        (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
         (["--dtype", "float32"], "--dtype: got 'float32'; accepted: bfloat16, float16"),
         (["--mode", "inference"], "--mode: got 'inference'; accepted: forward, backward"),
         (["--json", "/no/such/folder/file"], "--json: cannot write"),
