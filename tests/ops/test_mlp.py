@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from contract import Contract
 from support import (
     INTERPRETED,
@@ -237,6 +238,92 @@ class TestOneKernel:
         assert torch.equal(mlp(**arguments, backend="triton"), expected)
         arguments |= {name: arguments[name].t().contiguous().t() for name in ("weight1", "weight2")}
         assert torch.equal(mlp(**arguments, backend="triton"), expected) and launches.call_count == 3
+
+
+EPS = 1e-5
+
+
+def normalizing_arguments(name: str, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
+    """Of `forward_normalizing`: an input that is not normalized, and with biases also the norm's affine."""
+    arguments = {"layer_scale": None, "drop_path_factor": None, "residual": None, "activation": "gelu"}
+    arguments |= one_kernel_arguments(name, dtype)
+    input, affine = (
+        arguments.pop("input"),
+        torch.randn(2, ONE_KERNEL[name][0], generator=torch.Generator().manual_seed(3)),
+    )
+    weight, bias = (1 + 0.2 * affine).to(dtype).to(input.device) if arguments["bias1"] is not None else (None, None)
+    return {"convolved": 3 * input + 5, "norm_weight": weight, "norm_bias": bias, "eps": EPS, **arguments}
+
+
+def normalizing_definition(convolved, norm_weight, norm_bias, eps, **arguments) -> dict[str, torch.Tensor]:
+    rows = convolved.permute(0, 2, 3, 1) if convolved.dim() == 4 else convolved
+    normalized, affine = (
+        F.layer_norm(rows, rows.shape[-1:], weight, bias, eps).view_as(rows)
+        for weight, bias in ((None, None), (norm_weight, norm_bias))
+    )
+    rstd = (rows.var(-1, correction=0) + eps).rsqrt().flatten()
+    if convolved.dim() == 4:
+        normalized, affine = normalized.permute(0, 3, 1, 2), affine.permute(0, 3, 1, 2)
+    return {"output": DEFINITIONS["mlp"](affine, **arguments), "normalized": normalized, "rstd": rstd}
+
+
+def normalizing(save: bool = True, **arguments: Any) -> dict[str, torch.Tensor]:
+    kernel = import_module("convnext_kernels.ops.mlp.triton_kernel")
+    results = kernel.forward_normalizing(**arguments, save=save)
+    return dict(zip(("output", "normalized", "rstd"), results, strict=True))
+
+
+class TestOneKernelThatNormalizes:
+    """`forward_normalizing`, which the whole block is made of."""
+
+    @pytest.mark.parametrize("name", ONE_KERNEL)
+    @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+    def test_accuracy(self, name, dtype, launches):
+        arguments = normalizing_arguments(name, dtype)
+        with poisoned_memory():
+            ours = normalizing(**arguments)
+        exact = normalizing_definition(**with_dtype(arguments, torch.float64))
+        theirs = normalizing_definition(**with_dtype(arguments, dtype))
+        rstd, exact_rstd = ours.pop("rstd"), exact.pop("rstd")
+        assert launches.call_count == 1 and rstd.dtype == torch.float32
+        assert relative_error(rstd, exact_rstd) < 1e-6 and theirs.pop("rstd").shape == rstd.shape
+        assert ours["normalized"].stride() == ours["output"].stride() == arguments["convolved"].stride()
+        assert_accurate(ours, theirs, exact, dtype)
+
+    def test_far_from_zero(self, launches):
+        """The variance comes from differences: as the mean of squares less a square it would be lost."""
+        arguments = normalizing_arguments("48 channels")
+        arguments["convolved"] = arguments["convolved"] / 16 + 1000
+        exact = normalizing_definition(**with_dtype(arguments, torch.float64))
+        assert relative_error(normalizing(**arguments)["rstd"], exact["rstd"]) < 1e-6
+
+    def test_nothing_is_saved_unasked(self, launches):
+        arguments = normalizing_arguments("96 channels, tokens")
+        saved, results = normalizing(**arguments), normalizing(False, **arguments)
+        assert torch.equal(results["output"], saved["output"]) and launches.call_count == 2
+        assert results["normalized"].numel() == results["rstd"].numel() == 0
+
+    def test_nan_stays_in_its_token(self, launches):
+        arguments = normalizing_arguments("48 channels")
+        expected = normalizing(**arguments)
+        arguments["convolved"][0, 5, 8, 7] = torch.nan
+        results = normalizing(**arguments)
+        for name in ("output", "normalized"):
+            assert results[name][0, :, 8, 7].isnan().all()
+            results[name][0, :, 8, 7] = expected[name][0, :, 8, 7]
+        assert results["rstd"][71].isnan()
+        results["rstd"][71] = expected["rstd"][71]
+        assert_same(results, expected)
+
+    def test_where_it_cannot_run(self, launches):
+        arguments = normalizing_arguments("48 channels")
+        kernel = import_module("convnext_kernels.ops.mlp.triton_kernel")
+        assert kernel.takes_one_kernel(arguments["convolved"], None)
+        assert not kernel.takes_one_kernel(arguments["convolved"], arguments["bias1"])
+        arguments["convolved"] = arguments["convolved"].float()
+        assert not kernel.takes_one_kernel(arguments["convolved"], None)
+        with pytest.raises(ValueError, match=r"input: got 48 channels of torch.float32; accepted: what"):
+            normalizing(**arguments)
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 110, 120])

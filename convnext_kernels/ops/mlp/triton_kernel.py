@@ -6,6 +6,8 @@ two products; backward is four. All else is in their epilogues.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from convnext_kernels.ops.common.launch import architecture, float32_precision, 
 from convnext_kernels.ops.common.layouts import channels, from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
+from convnext_kernels.ops.layer_norm.triton_kernel import affine
 from convnext_kernels.ops.mlp.configs import TOKENS, WARPS, FusedConfig, fused_config
 from convnext_kernels.ops.mlp.reference import APPROXIMATE, parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
@@ -22,6 +25,35 @@ from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
 def _per_image(rows: Tensor) -> int:
     return rows[0].numel() // rows.shape[-1] if rows.shape[0] else 1
+
+
+@triton.jit
+def _normalize(low, high, channels, eps):
+    """(tile - mean) * rstd for a tile in two parts, whose second may be None, and rstd; see LayerNorm's `normalize`."""
+    low = low.to(tl.float32)
+    total = tl.sum(low, axis=1)
+    if high is not None:
+        high = high.to(tl.float32)
+        total += tl.sum(high, axis=1)
+    mean = (total / channels)[:, None]
+    low -= mean
+    squares = tl.sum(low * low, axis=1)
+    if high is not None:
+        high -= mean
+        squares += tl.sum(high * high, axis=1)
+    rstd = tl.rsqrt(squares / channels + eps)
+    low *= rstd[:, None]
+    if high is not None:
+        high *= rstd[:, None]
+    return low, high, rstd
+
+
+@triton.jit
+def _affine(normalized, weight_ptr, bias_ptr, normalized_ptr, tile, offsets, mask, c, dtype: tl.constexpr):
+    """Some channels of LayerNorm's output; those before the affine are stored where asked for."""
+    if normalized_ptr is not None:
+        tl.store(normalized_ptr + tile + offsets, normalized.to(dtype), mask=mask)
+    return affine(normalized, weight_ptr, bias_ptr, c, c >= 0).to(dtype)
 
 
 @triton.jit
@@ -40,6 +72,10 @@ def _finish(accumulator, bias_ptr, column_scale_ptr, row_scale, residual_ptr, ou
 @triton.jit(do_not_specialize=["tokens", "tokens_per_image"])
 def fused_kernel(
     input_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    normalized_ptr,
+    rstd_ptr,
     weight1_ptr,
     bias1_ptr,
     weight2_ptr,
@@ -51,6 +87,7 @@ def fused_kernel(
     tokens,
     tokens_per_image,
     hidden,
+    eps,
     CHANNELS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -59,19 +96,32 @@ def fused_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Walks over the hidden channels: a few of them at a time, for all channels of a tile of tokens."""
+    """Walks over the hidden channels: a few of them at a time, for all channels of a tile of tokens.
+
+    With an eps the tile is normalized first, and x^ and rstd are stored where asked for.
+    """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask, low = (t < tokens)[:, None], tl.arange(0, LOW)
     # One 64-bit offset for the tile: with one for each element 128 channels spill 16 bytes on sm_80.
     tile = tl.program_id(0).to(tl.int64) * (BLOCK_T * CHANNELS)
     offsets = tl.arange(0, BLOCK_T)[:, None] * CHANNELS + low[None, :]
     input_low = tl.load(input_ptr + tile + offsets, mask=mask, other=0.0)
-    sum_low = tl.zeros((BLOCK_T, LOW), dtype=tl.float32)
+    sum_low, input_high = tl.zeros((BLOCK_T, LOW), dtype=tl.float32), None
     if HIGH > 0:
         high = LOW + tl.arange(0, HIGH)
         offsets_high = tl.arange(0, BLOCK_T)[:, None] * CHANNELS + high[None, :]
         input_high = tl.load(input_ptr + tile + offsets_high, mask=mask, other=0.0)
         sum_high = tl.zeros((BLOCK_T, HIGH), dtype=tl.float32)
+    if eps is not None:
+        dtype: tl.constexpr = input_ptr.dtype.element_ty
+        input_low, input_high, rstd = _normalize(input_low, input_high, CHANNELS, eps)
+        input_low = _affine(input_low, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets, mask, low, dtype)
+        if HIGH > 0:
+            input_high = _affine(
+                input_high, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets_high, mask, high, dtype
+            )
+        if rstd_ptr is not None:
+            tl.store(rstd_ptr + t, rstd, mask=t < tokens)
     factor = tl.full((BLOCK_T,), 1.0, dtype=tl.float32)
     end = hidden
     if drop_path_factor_ptr is not None:
@@ -100,6 +150,15 @@ def fused_kernel(
         _finish(sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets_high, mask, high)
 
 
+class Norm(NamedTuple):
+    """A LayerNorm of the input: eps and its affine; `save` also asks for x^, before the affine, and rstd."""
+
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+    save: bool
+
+
 def _fused_forward(
     input: Tensor,
     weight1: Tensor,
@@ -110,14 +169,26 @@ def _fused_forward(
     drop_path_factor: Tensor | None,
     residual: Tensor | None,
     activation: str,
-    config: FusedConfig,
-) -> Tensor:
-    rows = to_channels_last(input)
+    norm: Norm | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output and, where the norm is to be saved, x^ and rstd."""
+    rows, config = to_channels_last(input), _one_kernel_config(input)
+    if config is None:
+        raise ValueError(
+            f"input: got {channels(input)} channels of {input.dtype}; accepted: what `takes_one_kernel` does"
+        )
     output, tokens = rows.new_empty(rows.shape), rows.numel() // rows.shape[-1]
+    save = norm is not None and norm.save
+    normalized = torch.empty_like(rows) if save else None
+    rstd = rows.new_empty(tokens, dtype=torch.float32) if save else None
     launch(
         fused_kernel,
         (-(-tokens // TOKENS),),
         rows,
+        norm and norm.weight,
+        norm and norm.bias,
+        normalized,
+        rstd,
         weight1.to(rows.dtype).contiguous(),
         bias1,
         weight2.to(rows.dtype).contiguous(),
@@ -129,6 +200,7 @@ def _fused_forward(
         tokens,
         _per_image(rows),
         weight1.shape[0],
+        norm and norm.eps,
         CHANNELS=rows.shape[-1],
         LOW=config.low,
         HIGH=config.high,
@@ -139,7 +211,47 @@ def _fused_forward(
         warps=WARPS,
         num_stages=2,
     )
-    return from_channels_last(output)
+    return from_channels_last(output), normalized, rstd
+
+
+def _one_kernel_config(input: Tensor) -> FusedConfig | None:
+    if not input.shape[0]:
+        return None
+    return fused_config(channels(input), input.dtype, architecture(input.device))
+
+
+def takes_one_kernel(input: Tensor, grn_weight: Tensor | None) -> bool:
+    """Whether forward is one kernel where no pre-activation is saved."""
+    return grn_weight is None and _one_kernel_config(input) is not None
+
+
+def forward_normalizing(
+    convolved: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    layer_scale: Tensor | None,
+    drop_path_factor: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` of a LayerNorm of convolved in one kernel, where `takes_one_kernel`.
+
+    Returns:
+        Output and, where `save` asks for them, x^ = (convolved - mean) rstd, of convolved's shape and dtype, and rstd
+        [tokens] in float32.
+    """
+    norm = Norm(eps, norm_weight, norm_bias, save)
+    parameters = (weight1, bias1, weight2, bias2, layer_scale)
+    output, normalized, rstd = _fused_forward(convolved, *parameters, drop_path_factor, residual, activation, norm)
+    if normalized is None or rstd is None:
+        return output, nothing(convolved), nothing(convolved, torch.float32)
+    return output, from_channels_last(normalized), rstd
 
 
 def forward(
@@ -159,12 +271,9 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
-    config = None
-    if not save and grn_weight is None and input.shape[0]:
-        config = fused_config(channels(input), input.dtype, architecture(input.device))
-    if config is not None:
+    if not save and takes_one_kernel(input, grn_weight):
         parameters = (weight1, bias1, weight2, bias2, layer_scale)
-        return _fused_forward(input, *parameters, drop_path_factor, residual, activation, config), nothing(input)
+        return _fused_forward(input, *parameters, drop_path_factor, residual, activation)[0], nothing(input)
     rows, dtype = to_channels_last(input), input.dtype
     tokens, width, hidden_width = rows.flatten(0, -2), rows.shape[-1], weight1.shape[0]
     count = tokens.shape[0]
