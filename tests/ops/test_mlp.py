@@ -17,6 +17,7 @@ from support import (
     assert_same,
     device_of,
     evaluate,
+    random_like,
     relative_error,
     with_dtype,
     without_gradients,
@@ -130,6 +131,33 @@ class TestMLP(Contract):
         arguments = arguments_of(self.full(), device=device_of(backend)) | {"residual": None}
         arguments["drop_path_factor"] = torch.zeros_like(arguments["drop_path_factor"])
         assert not any(result.any() for result in evaluate(self.on(backend), arguments).values())
+
+    @pytest.mark.parametrize("magnitude", [1e-6, 1e-2])
+    @pytest.mark.parametrize("parameters", [torch.float16, torch.float32])
+    def test_gradients_of_float16_at_a_small_layer_scale(self, backend, example, parameters, magnitude):
+        """At the 1e-6 that layer scale starts from it times a weight is less than float16's smallest number."""
+        case = self.resized(example, batch=4, channels=24, height=9, width=9)
+        arguments = arguments_of(case, torch.float16, parameters=parameters, device=device_of(backend))
+        if "layer_scale" not in arguments:
+            pytest.skip("no layer scale")
+        scale = (magnitude * arguments["layer_scale"].detach()).half().to(parameters)
+        arguments["layer_scale"] = scale.requires_grad_()
+        grad = 1000 * random_like(arguments["input"])
+        ours = evaluate(self.on(backend), arguments, grad)
+        exact = evaluate(self.definition, with_dtype(arguments, torch.float64), grad.double())
+        theirs = evaluate(self.definition, with_dtype(arguments, torch.float16), grad)
+        assert_accurate(ours, theirs, exact, torch.float16)
+
+    @pytest.mark.parametrize("scale", [[0.0] * 5, [0.0, 1e-6, 0, 0, 0], [torch.inf, 1, 1, 1, 1], [torch.nan] * 5])
+    def test_float16_at_layer_scales_of_no_size(self, backend, scale):
+        """What a factor cannot be taken from: 0 gives gradients of 0, inf and NaN reach theirs."""
+        arguments = arguments_of(self.full(), torch.float16, device=device_of(backend))
+        arguments["layer_scale"] = torch.tensor(scale, device=arguments["input"].device).half().requires_grad_()
+        ours = evaluate(self.on(backend), arguments)
+        theirs = evaluate(self.definition, with_dtype(arguments, torch.float64))
+        for name in ("grad weight1", "grad bias1"):
+            assert torch.equal(ours[name].isfinite().all(), theirs[name].isfinite().all())
+            assert ours[name].any() == theirs[name].half().any()
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("recompute", [False, True])

@@ -44,13 +44,15 @@ def patches(images: Tensor, size: int) -> Matrix:
 class Epilogue(NamedTuple):
     """What is done to a product before it is stored, in this order; None leaves a step out.
 
-    bias [columns] is added; `pre_activation` receives the sum, before `activation`; or, with `derivative`, the product
-    is multiplied by the activation's derivative at `pre_activation`, whose activation goes to `hidden`. There the
-    pre-activation may also be `recomputed`: a second product of the same shape, whose first operand has the first one's
-    strides, plus the bias. Then column_scale [columns] and row_scale [rows / rows_per_scale] multiply, and `residual`
-    is added. Tiles whose rows all have the row_scale 0 are not multiplied; with `scale_rows` false that is all it does.
+    factor [1] in float32 multiplies; bias [columns] is added; `pre_activation` receives the sum, before `activation`;
+    or, with `derivative`, the product is multiplied by the activation's derivative at `pre_activation`, whose
+    activation goes to `hidden`. There the pre-activation may also be `recomputed`: a second product of the same shape,
+    whose first operand has the first one's strides, plus the bias. Then column_scale [columns] and row_scale
+    [rows / rows_per_scale] multiply, and `residual` is added. Tiles whose rows all have the row_scale 0 are not
+    multiplied; with `scale_rows` false that is all it does.
     """
 
+    factor: Tensor | None = None
     bias: Tensor | None = None
     activation: str | None = None
     pre_activation: Tensor | None = None
@@ -88,6 +90,7 @@ def matmul_kernel(
     second_a_ptr,
     second_b_ptr,
     out_ptr,
+    factor_ptr,
     bias_ptr,
     pre_activation_ptr,
     hidden_ptr,
@@ -169,6 +172,8 @@ def matmul_kernel(
 
     mask = m_mask[:, None] & n_mask[None, :]
     dense = m.to(tl.int64)[:, None] * columns + n[None, :]
+    if factor_ptr is not None:
+        accumulator *= tl.load(factor_ptr)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         if DERIVATIVE:
@@ -232,6 +237,7 @@ def _launch(
         second_a and second_a.tensor,
         second_b and second_b.tensor,
         out.tensor,
+        epilogue.factor,
         epilogue.bias,
         epilogue.pre_activation,
         epilogue.hidden,

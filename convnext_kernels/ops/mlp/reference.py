@@ -20,22 +20,30 @@ APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 """PyTorch's names of the two GELUs."""
 
 
-def image_factor(rows: Tensor, drop_path_factor: Tensor) -> Tensor:
-    """drop_path_factor [N] in at least float32, shaped to multiply rows [N, ..., C]."""
-    return at_least_float32(drop_path_factor).view(-1, *[1] * (rows.dim() - 1))
-
-
 def branch_scale(rows: Tensor, layer_scale: Tensor | None, drop_path_factor: Tensor | None) -> Tensor | None:
     """layer_scale * drop_path_factor, shaped to multiply rows [N, ..., C]; None if both are."""
     if drop_path_factor is None:
         return None if layer_scale is None else at_least_float32(layer_scale)
-    factor = image_factor(rows, drop_path_factor)
+    factor = at_least_float32(drop_path_factor).view(-1, *[1] * (rows.dim() - 1))
     return factor if layer_scale is None else at_least_float32(layer_scale) * factor
 
 
-def scaled_weight2(weight2: Tensor, layer_scale: Tensor | None) -> Tensor:
-    """diag(layer_scale) weight2: the output's gradient times it is that of the hidden activations."""
-    return weight2 if layer_scale is None else at_least_float32(layer_scale)[:, None] * weight2
+def scaled_weight2(weight2: Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """diag(layer_scale) weight2 in a dtype: the output's gradient times it is that of the hidden activations.
+
+    At the 1e-6 that layer scale starts from it is less than float16's smallest number: there it is divided by the
+    second result, a power of two [1] in float32, which either the gradient or the product is multiplied by.
+    """
+    if layer_scale is None:
+        return weight2.to(dtype), None
+    layer_scale, power = at_least_float32(layer_scale), None
+    if dtype == torch.float16:
+        largest = torch.linalg.vector_norm(layer_scale, torch.inf, keepdim=True)
+        # Its exponent alone. Found on the device: its value on the host would be a synchronisation.
+        power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+        power = torch.where((power > 0) & power.isfinite(), power, 1.0)
+        layer_scale = layer_scale / power
+    return (layer_scale[:, None] * weight2).to(dtype), power
 
 
 def parameter_gradients(
@@ -124,8 +132,10 @@ def backward(
     if pre_activation is None:
         bias1 = None if bias1 is None else bias1.to(input.dtype)
         pre_activation = linear(rows, weight1.to(input.dtype), bias1)
-    if drop_path_factor is not None:
-        grads = (grads * image_factor(grads, drop_path_factor)).to(input.dtype)
+    weight, power = scaled_weight2(weight2, layer_scale, input.dtype)
+    factor = branch_scale(grads, power, drop_path_factor)
+    if factor is not None:
+        grads = (grads * factor).to(input.dtype)
     grads, pre_activation = grads.flatten(0, -2), pre_activation.flatten(1, -2)
     gradients = [nothing(input) for _ in wanted]
 
@@ -133,10 +143,12 @@ def backward(
     if grn_weight is not None and grn_bias is not None:
         normalized, norms = response_norm.forward(hidden, grn_weight, grn_bias, grn_eps)
     if any(wanted[3:6]):
-        products = (grads.t() @ normalized.flatten(0, 1)).to(statistics)
-        gradients[3:6] = parameter_gradients(products, grads.sum(0, dtype=statistics), weight2, bias2, layer_scale)
+        products, sums = (grads.t() @ normalized.flatten(0, 1)).to(statistics), grads.sum(0, dtype=statistics)
+        if power is not None:
+            products, sums = products / power, sums / power
+        gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale)
     if any(wanted[:3]) or any(wanted[6:]):
-        grad_hidden = linear(grads, scaled_weight2(weight2, layer_scale).to(input.dtype).t()).view(pre_activation.shape)
+        grad_hidden = linear(grads, weight.t()).view(pre_activation.shape)
         if grn_weight is not None:
             wanted_grn = [any(wanted[:3]), *wanted[6:]]
             grad_hidden, gradients[6], gradients[7] = response_norm.backward(

@@ -349,8 +349,8 @@ def backward(
     elif pre_activation is None:
         pre_activation = torch.empty_like(hidden)
         matmul(*first_product, matrix(pre_activation.flatten(0, 1)), shape, Epilogue(bias=bias1))
-    weight = matrix(scaled_weight2(weight2, layer_scale).to(dtype))
-    matmul(matrix(grads), weight, matrix(grad_pre.flatten(0, 1)), shape, epilogue)
+    weight, power = scaled_weight2(weight2, layer_scale, dtype)
+    matmul(matrix(grads), matrix(weight), matrix(grad_pre.flatten(0, 1)), shape, epilogue._replace(factor=power))
 
     if grn_weight is not None and grn_bias is not None and pre_activation is not None:
         approximate, pre_activation = APPROXIMATE[activation], pre_activation.view(hidden.shape)
