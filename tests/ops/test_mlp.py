@@ -65,17 +65,26 @@ class TestMLP(Contract):
         recomputed = evaluate(self.on(backend, recompute_hidden=True), arguments)
         assert_same(recomputed, evaluate(self.on(backend), arguments))
 
-    def test_what_triton_drops_may_hold_anything(self, value):
-        """Rows of dropped images alone are skipped, so these are more than a tile."""
-        case = self.full(batch=2, height=16, width=16)
-        arguments = arguments_of(case, device=device_of("triton")) | {"grn_weight": None, "grn_bias": None}
-        arguments["drop_path_factor"] = torch.tensor([1.25, 0.0], device=arguments["input"].device)
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("grn", [False, True])
+    @pytest.mark.parametrize(("batch", "size"), [(3, 16), (40, 2)])
+    def test_what_triton_drops_may_hold_anything(self, value, batch, size, grn, recompute):
+        """In tiles of its own and in those it shares with kept images."""
+        case, device = self.full(batch=batch, height=size, width=size), device_of("triton")
+        arguments = arguments_of(case, device=device) | ({} if grn else {"grn_weight": None, "grn_bias": None})
+        dropped = torch.arange(batch, device=device) % 3 == 0
+        arguments["drop_path_factor"] = 1 + 0.25 * torch.rand(batch, device=device)
+        arguments["drop_path_factor"][dropped] = 0
         expected = evaluate(self.on("triton"), arguments)
-        arguments["input"] = arguments["input"].detach().clone()
-        arguments["input"][1] = value
-        arguments["input"].requires_grad_()
-        got = evaluate(self.on("triton", recompute_hidden=True), arguments)
-        assert torch.equal(got["output"], expected["output"])
+        changed = {"input": arguments["input"].detach().clone(), "grad": random_like(expected["output"])}
+        for tensor in changed.values():
+            tensor[dropped] = value
+        arguments["input"] = changed["input"].requires_grad_()
+        with poisoned_memory():
+            got = evaluate(self.on("triton", recompute_hidden=recompute), arguments, changed["grad"])
+        assert torch.equal(got["grad residual"].isfinite().flatten(1).all(1), ~dropped)
+        got["grad residual"] = expected["grad residual"]
+        assert_same(got, expected)
 
     @pytest.mark.parametrize("given", ["grn_weight", "grn_bias"])
     def test_half_a_response_norm(self, given):
@@ -292,7 +301,10 @@ def normalizing_definition(convolved, norm_weight, norm_bias, eps, **arguments) 
     rstd = (rows.var(-1, correction=0) + eps).rsqrt().flatten()
     if convolved.dim() == 4:
         normalized, affine = normalized.permute(0, 3, 1, 2), affine.permute(0, 3, 1, 2)
-    return {"output": DEFINITIONS["mlp"](affine, **arguments), "normalized": normalized, "rstd": rstd}
+    output, factor = DEFINITIONS["mlp"](affine, **arguments), arguments["drop_path_factor"]
+    if factor is not None:  # of dropped images x^ is 0
+        normalized = torch.where(factor.view(-1, *[1] * (normalized.dim() - 1)) == 0, 0, normalized)
+    return {"output": output, "normalized": normalized, "rstd": rstd}
 
 
 def normalizing(save: bool = True, **arguments: Any) -> dict[str, torch.Tensor]:
@@ -314,14 +326,16 @@ class TestOneKernelThatNormalizes:
         theirs = normalizing_definition(**with_dtype(arguments, dtype))
         rstd, exact_rstd = ours.pop("rstd"), exact.pop("rstd")
         assert launches.call_count == 1 and rstd.dtype == torch.float32
-        assert relative_error(rstd, exact_rstd) < 1e-6 and theirs.pop("rstd").shape == rstd.shape
+        kept = exact["normalized"].movedim(1 if exact["normalized"].dim() == 4 else -1, -1).flatten(0, -2).any(1)
+        assert relative_error(rstd[kept], exact_rstd[kept]) < 1e-6 and rstd.isfinite().all()
+        assert theirs.pop("rstd").shape == rstd.shape
         assert ours["normalized"].stride() == ours["output"].stride() == arguments["convolved"].stride()
         assert_accurate(ours, theirs, exact, dtype)
 
     def test_far_from_zero(self, launches):
         """The variance comes from differences: as the mean of squares less a square it would be lost."""
         arguments = normalizing_arguments("48 channels")
-        arguments["convolved"] = arguments["convolved"] / 16 + 1000
+        arguments |= {"convolved": arguments["convolved"] / 16 + 1000, "drop_path_factor": None}
         exact = normalizing_definition(**with_dtype(arguments, torch.float64))
         assert relative_error(normalizing(**arguments)["rstd"], exact["rstd"]) < 1e-6
 
@@ -342,6 +356,14 @@ class TestOneKernelThatNormalizes:
         assert results["rstd"][71].isnan()
         results["rstd"][71] = expected["rstd"][71]
         assert_same(results, expected)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_dropped_images_may_hold_anything(self, value, launches):
+        arguments = normalizing_arguments("64 channels")
+        expected = normalizing(**arguments)
+        arguments["convolved"][arguments["drop_path_factor"] == 0] = value
+        assert not arguments["convolved"].isfinite().all()
+        assert_same(normalizing(**arguments), expected)
 
     def test_where_it_cannot_run(self, launches):
         arguments = normalizing_arguments("48 channels")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.launch import float32_precision, launch, round_up
 from convnext_kernels.ops.common.matmul_configs import MatmulConfig, matmul_config, split_count
+from convnext_kernels.ops.common.triton_drop_path import DropPath, in_order
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
 
@@ -47,9 +48,12 @@ class Epilogue(NamedTuple):
     factor [1] in float32 multiplies; bias [columns] is added; `pre_activation` receives the sum, before `activation`;
     or, with `derivative`, the product is multiplied by the activation's derivative at `pre_activation`, whose
     activation goes to `hidden`. There the pre-activation may also be `recomputed`: a second product of the same shape,
-    whose first operand has the first one's strides, plus the bias. Then column_scale [columns] and row_scale
-    [rows / rows_per_scale] multiply, and `residual` is added. Tiles whose rows all have the row_scale 0 are not
-    multiplied; with `scale_rows` false that is all it does.
+    whose first operand has the first one's strides, plus the bias. Then column_scale [columns] and the factor of
+    `drop_path` multiply, and `residual` is added.
+
+    With a drop_path rows are taken in its order: those of dropped images come last, are neither read nor multiplied,
+    and 0 but for the residual. With `scale_images` false its factor does not multiply; with `write_dropped` false those
+    rows are not written either, but for the pre-activation, which a caller may keep.
     """
 
     factor: Tensor | None = None
@@ -60,9 +64,9 @@ class Epilogue(NamedTuple):
     hidden: Tensor | None = None
     recomputed: tuple[Matrix, Matrix] | None = None
     column_scale: Tensor | None = None
-    row_scale: Tensor | None = None
-    rows_per_scale: int = 1
-    scale_rows: bool = True
+    drop_path: DropPath | None = None
+    scale_images: bool = True
+    write_dropped: bool = True
     residual: Tensor | None = None
 
 
@@ -83,7 +87,7 @@ def _column_offsets(columns, stride, PATCH: tl.constexpr, width, channels):
     return (columns // run).to(tl.int64) * width * channels + columns % run
 
 
-@triton.jit(do_not_specialize=["rows", "rows_per_scale", "patch_rows", "patch_columns", "height", "width"])
+@triton.jit(do_not_specialize=["rows", "tokens_per_image", "patch_rows", "patch_columns", "height", "width"])
 def matmul_kernel(
     a_ptr,
     b_ptr,
@@ -95,15 +99,16 @@ def matmul_kernel(
     pre_activation_ptr,
     hidden_ptr,
     column_scale_ptr,
-    row_scale_ptr,
+    image_factor_ptr,
+    image_order_ptr,
+    images_kept_ptr,
     residual_ptr,
-    inner_scale_ptr,
     row_sums_ptr,
     rows,
     columns,
     inner,
     inner_per_split,
-    rows_per_scale,
+    tokens_per_image,
     stride_am,
     stride_ak,
     stride_bk,
@@ -122,13 +127,15 @@ def matmul_kernel(
     OUT_PATCH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DERIVATIVE: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    WRITE_DROPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """See `Epilogue`. ORDERED: which dimension is tokens in the order of stochastic depth, "rows", "inner" or None."""
     # Programs that share tiles of a and b run together, so that they find them in L2.
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     program, split = tl.program_id(0), tl.program_id(1)
@@ -140,37 +147,48 @@ def matmul_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_mask, n_mask = m < rows, n < columns
+    start = split * inner_per_split
+    end = min(start + inner_per_split, inner)
+    a_mask = m_mask
+    if ORDERED is not None:
+        kept = tl.load(images_kept_ptr) * tokens_per_image
+    if ORDERED == "rows":
+        a_mask = m < kept
+        end = tl.where(tile_m * BLOCK_M < kept, end, start)
+        image, m = in_order(m, m_mask, image_order_ptr, tokens_per_image)
+    elif ORDERED == "inner":
+        inner_per_split = tl.cdiv(tl.cdiv(kept, tl.num_programs(1)), BLOCK_K) * BLOCK_K
+        start = split * inner_per_split
+        end = min(start + inner_per_split, kept)
     a_rows = _row_offsets(m, stride_am, A_PATCH, patch_rows, patch_columns, height, width, channels)
     b_columns = _column_offsets(n, stride_bn, B_PATCH, width, channels)
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     row_sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    start = split * inner_per_split
-    end = min(start + inner_per_split, inner)
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + m // rows_per_scale, mask=m_mask, other=0.0).to(tl.float32)
-        end = tl.where(tl.max(tl.abs(row_scale)) > 0, end, start)
     for offset in range(start, end, BLOCK_K):
         k = offset + tl.arange(0, BLOCK_K)
         k_mask = k < end
+        if ORDERED == "inner":
+            image, k = in_order(k, k_mask, image_order_ptr, tokens_per_image)
         a_offsets = a_rows[:, None] + _column_offsets(k, stride_ak, A_PATCH, width, channels)[None, :]
         b_rows = _row_offsets(k, stride_bk, B_PATCH, patch_rows, patch_columns, height, width, channels)
-        a = tl.load(a_ptr + a_offsets, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
+        a = tl.load(a_ptr + a_offsets, mask=a_mask[:, None] & k_mask[None, :], other=0.0)
         b = tl.load(b_ptr + b_rows[:, None] + b_columns[None, :], mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-        if inner_scale_ptr is not None:
-            inner_scale = tl.load(inner_scale_ptr + k // rows_per_scale, mask=k_mask, other=0.0).to(tl.float32)
-            a = (a.to(tl.float32) * inner_scale[None, :]).to(a_ptr.dtype.element_ty)
+        if ORDERED == "inner" and image_factor_ptr is not None:
+            factor = tl.load(image_factor_ptr + image, mask=k_mask, other=0.0).to(tl.float32)
+            a = (a.to(tl.float32) * factor[None, :]).to(a_ptr.dtype.element_ty)
         if row_sums_ptr is not None:
             row_sums += tl.sum(a.to(tl.float32), axis=1)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         if second_a_ptr is not None:
             b_offsets = k.to(tl.int64)[:, None] * stride_second_bk + n.to(tl.int64)[None, :] * stride_second_bn
-            a = tl.load(second_a_ptr + a_offsets, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
+            a = tl.load(second_a_ptr + a_offsets, mask=a_mask[:, None] & k_mask[None, :], other=0.0)
             b = tl.load(second_b_ptr + b_offsets, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
             second = tl.dot(a, b, second, input_precision=PRECISION)
 
-    mask = m_mask[:, None] & n_mask[None, :]
+    mask, kept_mask = m_mask[:, None] & n_mask[None, :], a_mask[:, None] & n_mask[None, :]
+    out_mask = mask if WRITE_DROPPED else kept_mask
     dense = m.to(tl.int64)[:, None] * columns + n[None, :]
     if factor_ptr is not None:
         accumulator *= tl.load(factor_ptr)
@@ -182,27 +200,30 @@ def matmul_kernel(
             accumulator += bias
     if DERIVATIVE:
         if second_a_ptr is None:
-            pre_activation = tl.load(pre_activation_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+            pre_activation = tl.load(pre_activation_ptr + dense, mask=kept_mask, other=0.0).to(tl.float32)
         else:
             pre_activation = second.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # as it would have been saved
         accumulator *= gelu_derivative(pre_activation, ACTIVATION)
         hidden = gelu(pre_activation, ACTIVATION)
-        tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=out_mask)
     elif ACTIVATION is not None:
         if pre_activation_ptr is not None:
             tl.store(pre_activation_ptr + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
         accumulator = gelu(accumulator, ACTIVATION)
     if column_scale_ptr is not None:
         accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if row_scale_ptr is not None and SCALE_ROWS:
-        accumulator *= row_scale[:, None]
+    if ORDERED == "rows":
+        if image_factor_ptr is not None:
+            factor = tl.load(image_factor_ptr + image, mask=m_mask, other=0.0).to(tl.float32)
+            accumulator *= factor[:, None]
+        accumulator = tl.where(a_mask[:, None], accumulator, 0.0)
     if residual_ptr is not None:
         accumulator += tl.load(residual_ptr + dense, mask=mask, other=0.0).to(tl.float32)
 
     out_rows = _row_offsets(m, stride_om, OUT_PATCH, patch_rows, patch_columns, height, width, channels)
     out_columns = _column_offsets(n, stride_on, OUT_PATCH, width, channels)
     out_offsets = split.to(tl.int64) * rows * columns + out_rows[:, None] + out_columns[None, :]
-    tl.store(out_ptr + out_offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + out_offsets, accumulator.to(out_ptr.dtype.element_ty), mask=out_mask)
     if row_sums_ptr is not None:  # noqa: SIM102 - this test is the compiler's, the next one the GPU's
         if tile_n == 0:
             tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, row_sums, mask=m_mask)
@@ -219,7 +240,6 @@ def _launch(
     config: MatmulConfig,
     epilogue: Epilogue,
     splits: int = 1,
-    inner_scale: Tensor | None = None,
     row_sums: Tensor | None = None,
 ) -> None:
     rows, columns, inner = shape
@@ -227,6 +247,9 @@ def _launch(
     second_a, second_b = epilogue.recomputed or (None, None)
     images = next((operand.tensor for operand in (a, b, out) if operand.patch), None)
     _, height, width, channels = (1, 1, 1, 1) if images is None else images.shape
+    drop_path, ordered = epilogue.drop_path, None
+    if drop_path is not None:
+        ordered = "rows" if row_sums is None else "inner"
     per_split = round_up(-(-inner // splits), config.block_k)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
     launch(
@@ -242,15 +265,16 @@ def _launch(
         epilogue.pre_activation,
         epilogue.hidden,
         epilogue.column_scale,
-        epilogue.row_scale,
+        drop_path.factor if drop_path and epilogue.scale_images else None,
+        drop_path and drop_path.order,
+        drop_path and drop_path.kept,
         epilogue.residual,
-        inner_scale,
         row_sums,
         rows,
         columns,
         inner,
         per_split,
-        epilogue.rows_per_scale,
+        drop_path.tokens_per_image if drop_path else 1,
         *a[1:3],
         *b[1:3],
         *(second_b[1:3] if second_b else (0, 0)),
@@ -265,7 +289,8 @@ def _launch(
         OUT_PATCH=out.patch,
         ACTIVATION=epilogue.activation and gelu_form(epilogue.activation, a.tensor.dtype),
         DERIVATIVE=epilogue.derivative,
-        SCALE_ROWS=epilogue.scale_rows,
+        ORDERED=ordered,
+        WRITE_DROPPED=epilogue.write_dropped,
         PRECISION=float32_precision(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -288,7 +313,7 @@ def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilo
 
 
 def long_matmul(
-    a: Matrix, b: Matrix, shape: tuple[int, int, int], inner_scale: Tensor | None = None, inner_per_scale: int = 1
+    a: Matrix, b: Matrix, shape: tuple[int, int, int], drop_path: DropPath | None = None, scale_images: bool = True
 ) -> tuple[Tensor, Tensor]:
     """a b and the sums of a's rows in float32, for an inner dimension of tokens.
 
@@ -296,14 +321,14 @@ def long_matmul(
 
     Args:
         shape: (rows, columns, inner).
-        inner_scale: [inner / inner_per_scale] multiplies the columns of a, or None.
+        drop_path: its kept images alone are summed over. With `scale_images` its factor multiplies.
     """
     rows, columns, inner = shape
-    config = matmul_config(columns, a.tensor.dtype, needs_registers=inner_scale is not None)
+    config = matmul_config(columns, a.tensor.dtype, needs_registers=drop_path is not None)
     splits = split_count(rows, columns, inner, config)
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)
     out = Matrix(product, columns, 1)
-    epilogue = Epilogue(rows_per_scale=inner_per_scale)
-    _launch(a, b, out, shape, config, epilogue, splits, inner_scale, row_sums)
+    epilogue = Epilogue(drop_path=drop_path, scale_images=scale_images)
+    _launch(a, b, out, shape, config, epilogue, splits, row_sums)
     return product.sum(0), row_sums.sum(0)

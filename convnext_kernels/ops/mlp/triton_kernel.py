@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.launch import architecture, float32_precision, launch
 from convnext_kernels.ops.common.layouts import channels, from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.triton_drop_path import drop_path, in_order
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
 from convnext_kernels.ops.layer_norm.triton_kernel import affine
@@ -57,13 +58,14 @@ def _affine(normalized, weight_ptr, bias_ptr, normalized_ptr, tile, offsets, mas
 
 
 @triton.jit
-def _finish(accumulator, bias_ptr, column_scale_ptr, row_scale, residual_ptr, out_ptr, tile, offsets, mask, c):
-    """Stores some channels of the output: out = residual + row_scale * column_scale * (accumulator + bias)."""
+def _finish(accumulator, bias_ptr, column_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, c):
+    """Stores some channels of the output: residual + factor * column_scale * (accumulator + bias), 0 where not kept."""
     if bias_ptr is not None:
         accumulator += tl.load(bias_ptr + c).to(tl.float32)[None, :]
     if column_scale_ptr is not None:
         accumulator *= tl.load(column_scale_ptr + c).to(tl.float32)[None, :]
-    accumulator *= row_scale[:, None]
+    if factor is not None:
+        accumulator = tl.where(kept, accumulator * factor[:, None], 0.0)
     if residual_ptr is not None:
         accumulator += tl.load(residual_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + tile + offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
@@ -81,7 +83,9 @@ def fused_kernel(
     weight2_ptr,
     bias2_ptr,
     layer_scale_ptr,
-    drop_path_factor_ptr,
+    image_factor_ptr,
+    image_order_ptr,
+    images_kept_ptr,
     residual_ptr,
     out_ptr,
     tokens,
@@ -98,19 +102,29 @@ def fused_kernel(
 ):
     """Walks over the hidden channels: a few of them at a time, for all channels of a tile of tokens.
 
-    With an eps the tile is normalized first, and x^ and rstd are stored where asked for.
+    With an eps the tile is normalized first, and x^ and rstd are stored where asked for. With an image_factor tokens
+    are taken in the order of stochastic depth: x^ of those it drops is 0.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    mask, low = (t < tokens)[:, None], tl.arange(0, LOW)
+    t_mask, low = t < tokens, tl.arange(0, LOW)
     # One 64-bit offset for the tile: with one for each element 128 channels spill 16 bytes on sm_80.
     tile = tl.program_id(0).to(tl.int64) * (BLOCK_T * CHANNELS)
-    offsets = tl.arange(0, BLOCK_T)[:, None] * CHANNELS + low[None, :]
-    input_low = tl.load(input_ptr + tile + offsets, mask=mask, other=0.0)
+    row, factor, end = tl.arange(0, BLOCK_T), None, hidden
+    mask, kept = t_mask[:, None], t_mask[:, None]
+    if image_factor_ptr is not None:
+        tokens_kept = tl.load(images_kept_ptr) * tokens_per_image
+        kept = (t < tokens_kept)[:, None]
+        end = tl.where(tl.program_id(0) * BLOCK_T < tokens_kept, hidden, 0)
+        image, t = in_order(t, t_mask, image_order_ptr, tokens_per_image)
+        factor = tl.load(image_factor_ptr + image, mask=t_mask, other=0.0).to(tl.float32)
+        tile, row = 0, t.to(tl.int64)
+    offsets = row[:, None] * CHANNELS + low[None, :]
+    input_low = tl.load(input_ptr + tile + offsets, mask=kept, other=0.0)
     sum_low, input_high = tl.zeros((BLOCK_T, LOW), dtype=tl.float32), None
     if HIGH > 0:
         high = LOW + tl.arange(0, HIGH)
-        offsets_high = tl.arange(0, BLOCK_T)[:, None] * CHANNELS + high[None, :]
-        input_high = tl.load(input_ptr + tile + offsets_high, mask=mask, other=0.0)
+        offsets_high = row[:, None] * CHANNELS + high[None, :]
+        input_high = tl.load(input_ptr + tile + offsets_high, mask=kept, other=0.0)
         sum_high = tl.zeros((BLOCK_T, HIGH), dtype=tl.float32)
     if eps is not None:
         dtype: tl.constexpr = input_ptr.dtype.element_ty
@@ -121,12 +135,7 @@ def fused_kernel(
                 input_high, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets_high, mask, high, dtype
             )
         if rstd_ptr is not None:
-            tl.store(rstd_ptr + t, rstd, mask=t < tokens)
-    factor = tl.full((BLOCK_T,), 1.0, dtype=tl.float32)
-    end = hidden
-    if drop_path_factor_ptr is not None:
-        factor = tl.load(drop_path_factor_ptr + t // tokens_per_image, mask=t < tokens, other=0.0).to(tl.float32)
-        end = tl.where(tl.max(tl.abs(factor)) > 0, hidden, 0)
+            tl.store(rstd_ptr + t, rstd, mask=t_mask)
     for start in range(0, end, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         h_mask = h < hidden
@@ -145,9 +154,11 @@ def fused_kernel(
         if HIGH > 0:
             weight = tl.load(weight2_ptr + high[None, :] * hidden + h[:, None], mask=h_mask[:, None], other=0.0)
             sum_high = tl.dot(activated, weight, sum_high, input_precision=PRECISION)
-    _finish(sum_low, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, low)
+    _finish(sum_low, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, low)
     if HIGH > 0:
-        _finish(sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets_high, mask, high)
+        _finish(
+            sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets_high, mask, kept, high
+        )
 
 
 class Norm(NamedTuple):
@@ -178,7 +189,7 @@ def _fused_forward(
             f"input: got {channels(input)} channels of {input.dtype}; accepted: what `takes_one_kernel` does"
         )
     output, tokens = rows.new_empty(rows.shape), rows.numel() // rows.shape[-1]
-    save = norm is not None and norm.save
+    save, drop = norm is not None and norm.save, drop_path(drop_path_factor, _per_image(rows))
     normalized = torch.empty_like(rows) if save else None
     rstd = rows.new_empty(tokens, dtype=torch.float32) if save else None
     launch(
@@ -194,7 +205,7 @@ def _fused_forward(
         weight2.to(rows.dtype).contiguous(),
         bias2,
         layer_scale,
-        drop_path_factor,
+        *(drop[:3] if drop else (None, None, None)),
         None if residual is None else to_channels_last(residual),
         output,
         tokens,
@@ -244,7 +255,7 @@ def forward_normalizing(
 
     Returns:
         Output and, where `save` asks for them, x^ = (convolved - mean) rstd, of convolved's shape and dtype, and rstd
-        [tokens] in float32.
+        [tokens] in float32. x^ of dropped images is 0.
     """
     norm = Norm(eps, norm_weight, norm_bias, save)
     parameters = (weight1, bias1, weight2, bias2, layer_scale)
@@ -277,7 +288,7 @@ def forward(
     rows, dtype = to_channels_last(input), input.dtype
     tokens, width, hidden_width = rows.flatten(0, -2), rows.shape[-1], weight1.shape[0]
     count = tokens.shape[0]
-    hidden = rows.new_empty((*rows.shape[:-1], hidden_width))
+    hidden, drop = rows.new_empty((*rows.shape[:-1], hidden_width)), drop_path(drop_path_factor, _per_image(rows))
     pre_activation = torch.empty_like(hidden) if save else None
     matmul(
         matrix(tokens),
@@ -288,9 +299,9 @@ def forward(
             bias=bias1,
             activation=activation,
             pre_activation=pre_activation,
-            row_scale=drop_path_factor,
-            rows_per_scale=_per_image(rows),
-            scale_rows=False,
+            drop_path=drop,
+            scale_images=False,
+            write_dropped=grn_weight is not None,
         ),
     )
     if grn_weight is not None and grn_bias is not None:
@@ -304,8 +315,7 @@ def forward(
         Epilogue(
             bias=bias2,
             column_scale=layer_scale,
-            row_scale=drop_path_factor,
-            rows_per_scale=_per_image(rows),
+            drop_path=drop,
             residual=None if residual is None else to_channels_last(residual),
         ),
     )
@@ -330,25 +340,27 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """As the reference's `backward`, with the stochastic-depth factor in an epilogue and a prologue, not in a pass.
 
+    What is left out for dropped images are their rows of every product, but for the passes of grn.
     A pre-activation that was not saved is a second product in the kernel that needs it; with grn, a product before.
     """
     rows, grads, dtype = to_channels_last(input), to_channels_last(grad_output).flatten(0, -2), input.dtype
     tokens, (hidden_width, width) = rows.flatten(0, -2), weight1.shape
     count, per_image = tokens.shape[0], _per_image(rows)
     shape, first_product = (count, hidden_width, width), (matrix(tokens), matrix(weight1.to(dtype)).transposed)
-    gradients = [nothing(input) for _ in wanted]
+    gradients, drop = [nothing(input) for _ in wanted], drop_path(drop_path_factor, per_image)
+    unscaled = Epilogue(drop_path=drop, scale_images=False)
 
     grad_pre, hidden = (rows.new_empty((rows.shape[0], per_image, hidden_width)) for _ in range(2))
-    epilogue = Epilogue(row_scale=drop_path_factor, rows_per_scale=per_image)
+    epilogue = Epilogue(drop_path=drop)
     if grn_weight is None:
-        epilogue = epilogue._replace(activation=activation, derivative=True, hidden=hidden)
+        epilogue = Epilogue(activation=activation, derivative=True, hidden=hidden, drop_path=drop, write_dropped=False)
         if pre_activation is None:
             epilogue = epilogue._replace(recomputed=first_product, bias=bias1)
         else:
             epilogue = epilogue._replace(pre_activation=pre_activation)
     elif pre_activation is None:
         pre_activation = torch.empty_like(hidden)
-        matmul(*first_product, matrix(pre_activation.flatten(0, 1)), shape, Epilogue(bias=bias1))
+        matmul(*first_product, matrix(pre_activation.flatten(0, 1)), shape, unscaled._replace(bias=bias1))
     weight, power = scaled_weight2(weight2, layer_scale, dtype)
     matmul(matrix(grads), matrix(weight), matrix(grad_pre.flatten(0, 1)), shape, epilogue._replace(factor=power))
 
@@ -362,14 +374,15 @@ def backward(
         grad_pre = torch.ops.aten.gelu_backward(grad_hidden, pre_activation, approximate=approximate)
     if any(wanted[3:6]):
         a, b = matrix(grads).transposed, matrix(hidden.flatten(0, 1))
-        products, sums = long_matmul(a, b, (width, hidden_width, count), drop_path_factor, per_image)
+        products, sums = long_matmul(a, b, (width, hidden_width, count), drop)
         gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale)
     grad_pre = grad_pre.flatten(0, 1)
     if wanted[0]:
         grad_input = rows.new_empty(rows.shape)
         shape = (count, width, hidden_width)
-        matmul(matrix(grad_pre), matrix(weight1.to(dtype)), matrix(grad_input.flatten(0, -2)), shape)
+        matmul(matrix(grad_pre), matrix(weight1.to(dtype)), matrix(grad_input.flatten(0, -2)), shape, unscaled)
         gradients[0] = from_channels_last(grad_input)
     if wanted[1] or wanted[2]:
-        gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), (hidden_width, width, count))
+        shape = (hidden_width, width, count)
+        gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), shape, drop, scale_images=False)
     return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))
