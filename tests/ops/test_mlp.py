@@ -86,6 +86,12 @@ class TestMLP(Contract):
         got["grad residual"] = expected["grad residual"]
         assert_same(got, expected)
 
+    def test_what_triton_drops_is_not_multiplied_by_zero(self):
+        arguments = without_gradients(arguments_of(self.full(), device=device_of("triton")))
+        arguments["bias2"] = torch.full_like(arguments["bias2"], torch.nan)
+        kept, output = arguments["drop_path_factor"] != 0, mlp(**arguments, backend="triton")
+        assert torch.equal(output[~kept], arguments["residual"][~kept]) and output[kept].isnan().all()
+
     @pytest.mark.parametrize("given", ["grn_weight", "grn_bias"])
     def test_half_a_response_norm(self, given):
         other = {"grn_weight": "grn_bias", "grn_bias": "grn_weight"}[given]
