@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from convnext_kernels.ops.common.launch import architecture, float32_precision, launch
-from convnext_kernels.ops.common.layouts import channels, from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.layouts import (
+    channels,
+    empty_statistic,
+    from_channels_last,
+    nothing,
+    to_channels_last,
+    tokens_per_image,
+)
 from convnext_kernels.ops.common.triton_drop_path import drop_path, in_order
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
@@ -22,10 +29,6 @@ from convnext_kernels.ops.layer_norm.triton_kernel import affine
 from convnext_kernels.ops.mlp.configs import TOKENS, WARPS, FusedConfig, fused_config
 from convnext_kernels.ops.mlp.reference import APPROXIMATE, parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
-
-
-def _per_image(rows: Tensor) -> int:
-    return rows[0].numel() // rows.shape[-1] if rows.shape[0] else 1
 
 
 @triton.jit
@@ -189,9 +192,9 @@ def _fused_forward(
             f"input: got {channels(input)} channels of {input.dtype}; accepted: what `takes_one_kernel` does"
         )
     output, tokens = rows.new_empty(rows.shape), rows.numel() // rows.shape[-1]
-    save, drop = norm is not None and norm.save, drop_path(drop_path_factor, _per_image(rows))
+    save, drop = norm is not None and norm.save, drop_path(drop_path_factor, tokens_per_image(rows))
     normalized = torch.empty_like(rows) if save else None
-    rstd = rows.new_empty(tokens, dtype=torch.float32) if save else None
+    rstd = empty_statistic(rows) if save else None
     launch(
         fused_kernel,
         (-(-tokens // TOKENS),),
@@ -209,7 +212,7 @@ def _fused_forward(
         None if residual is None else to_channels_last(residual),
         output,
         tokens,
-        _per_image(rows),
+        tokens_per_image(rows),
         weight1.shape[0],
         norm and norm.eps,
         CHANNELS=rows.shape[-1],
@@ -288,7 +291,7 @@ def forward(
     rows, dtype = to_channels_last(input), input.dtype
     tokens, width, hidden_width = rows.flatten(0, -2), rows.shape[-1], weight1.shape[0]
     count = tokens.shape[0]
-    hidden, drop = rows.new_empty((*rows.shape[:-1], hidden_width)), drop_path(drop_path_factor, _per_image(rows))
+    hidden, drop = rows.new_empty((*rows.shape[:-1], hidden_width)), drop_path(drop_path_factor, tokens_per_image(rows))
     pre_activation = torch.empty_like(hidden) if save else None
     matmul(
         matrix(tokens),
@@ -345,7 +348,7 @@ def backward(
     """
     rows, grads, dtype = to_channels_last(input), to_channels_last(grad_output).flatten(0, -2), input.dtype
     tokens, (hidden_width, width) = rows.flatten(0, -2), weight1.shape
-    count, per_image = tokens.shape[0], _per_image(rows)
+    count, per_image = tokens.shape[0], tokens_per_image(rows)
     shape, first_product = (count, hidden_width, width), (matrix(tokens), matrix(weight1.to(dtype)).transposed)
     gradients, drop = [nothing(input) for _ in wanted], drop_path(drop_path_factor, per_image)
     unscaled = Epilogue(drop_path=drop, scale_images=False)
