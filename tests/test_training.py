@@ -259,7 +259,6 @@ def save_operators(save: bool) -> Callable[..., CheckpointPolicy]:
 
 
 CHECKPOINTS: dict[str, Callable[..., Tensor]] = {
-    "reentrant": partial(checkpoint, use_reentrant=True),
     "non-reentrant": partial(checkpoint, use_reentrant=False),
     "operators recomputed": partial(
         checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, save_operators(False))
@@ -272,12 +271,17 @@ CHECKPOINTS: dict[str, Callable[..., Tensor]] = {
 
 class TestCheckpointing:
     @staticmethod
-    def measured(block: nn.Module, call: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], int, int]:
-        """Results of two calls in a row under autocast, bytes alive between forward and backward, forward operators."""
-        input = make_input()
+    def measured(
+        checkpointed: Callable[..., Tensor] | None, version: str, recompute: bool, autocast: bool = True
+    ) -> tuple[dict[str, Tensor], int, int]:
+        """Results of two calls in a row, bytes alive between forward and backward, number of forward operators."""
+        dtype = torch.float32 if autocast else torch.float64
+        block = make_block(ConvNeXtBlock, version, drop_path=0.5, recompute_hidden=recompute).to(dtype)
+        input = make_input(dtype=dtype)
+        call = block if checkpointed is None else partial(checkpointed, block)
         torch.manual_seed(3)
         with OperatorCalls() as operators, LiveMemory() as memory:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 output = call(call(input))
             alive = memory.bytes()
             output.backward(random_like(output))
@@ -289,16 +293,23 @@ class TestCheckpointing:
     @each_recompute
     @pytest.mark.parametrize("kind", CHECKPOINTS)
     def test_same_bits_and_less_memory(self, version, recompute, kind):
-        results, alive, count = {}, {}, {}
-        for name in ("plain", kind):
-            block = make_block(ConvNeXtBlock, version, drop_path=0.5, recompute_hidden=recompute)
-            call = block if name == "plain" else partial(CHECKPOINTS[kind], block)
-            results[name], alive[name], count[name] = self.measured(block, call)
-        assert_same(results[kind], results["plain"])
+        expected, all_alive, all_calls = self.measured(None, version, recompute)
+        results, alive, calls = self.measured(CHECKPOINTS[kind], version, recompute)
+        assert_same(results, expected)
         if kind == "operators saved":
-            assert count[kind] == count["plain"] and alive[kind] <= alive["plain"]
+            assert calls == all_calls and alive <= all_alive
         else:
-            assert count[kind] == 2 * count["plain"] and alive[kind] < alive["plain"]
+            assert calls == 2 * all_calls and alive < all_alive
+
+    @each_version
+    @each_recompute
+    def test_reentrant(self, version, recompute):
+        """Forward runs without gradients first, where a block may round otherwise."""
+        expected, all_alive, all_calls = self.measured(None, version, recompute, autocast=False)
+        reentrant = partial(checkpoint, use_reentrant=True)
+        results, alive, calls = self.measured(reentrant, version, recompute, autocast=False)
+        assert max(relative_error(results[name], value) for name, value in expected.items()) < 1e-13
+        assert calls == 2 * all_calls and alive < all_alive
 
 
 class TestAutograd:
