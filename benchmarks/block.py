@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.reporting import Figure, Row, Target, add_arguments, row_of, run_cases
 from benchmarks.timing import Measured, Results, measure_calls, parity_failure, refusal
-from benchmarks.training_step import OURS, RECOMPUTED, Step, measure_step, plan_step
+from benchmarks.training_step import OURS, RECOMPUTE_HIDDEN, RECOMPUTING, SAVING, Step, measure_step, plan_step
 from convnext_kernels import ConvNeXtBlock, parity
 from convnext_kernels.cli.errors import CommandError, at_least, names
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
@@ -98,7 +98,7 @@ class Case:
 
     @property
     def ours(self) -> list[str]:
-        return [OURS, RECOMPUTED] if self.backward else [OURS]
+        return [SAVING, RECOMPUTING] if self.backward else [OURS]
 
     @property
     def contenders(self) -> list[str]:
@@ -149,7 +149,8 @@ class Case:
         randomise(reference)
         blocks: dict[str, nn.Module] = {EAGER: reference}
         for name in self.ours:
-            blocks[name] = ConvNeXtBlock(self.channels, layer_scale_init_value=1.0, recompute_hidden=name == RECOMPUTED)
+            recompute_hidden = RECOMPUTE_HIDDEN.get(name)
+            blocks[name] = ConvNeXtBlock(self.channels, layer_scale_init_value=1.0, recompute_hidden=recompute_hidden)
             blocks[name].load_state_dict(reference.state_dict())
         if TIMM in self.peers:
             blocks[TIMM] = timm_block(reference)
