@@ -24,6 +24,8 @@ TINY = {"depths": (1, 1), "dims": (8, 16)}
 @pytest.fixture
 def on_a_cpu(monkeypatch):
     """Maps of 6x6 and networks of two blocks, the CPU in place of a GPU, eager in place of torch.compile."""
+    if block.TimmBlock is None:
+        pytest.skip("needs a timm that can be imported")
     for builder in (create_model, create_reference_model):
         name = builder.__name__
         monkeypatch.setattr(
@@ -142,7 +144,7 @@ def test_ours_passes(mode, dtype):
     assert [check(case, modules, name, CPU) for name in case.ours] == [None] * len(case.ours)
 
 
-def test_timm_s_block_is_the_same():
+def test_timm_s_block_is_the_same(on_a_cpu):
     reference = ReferenceBlock(24, layer_scale_init_value=0.9)
     case = Case(BACKWARD, "bfloat16", 2, 24, 9, False)
     block.randomise(reference)
