@@ -1,4 +1,4 @@
-"""The order in which kernels take images under stochastic depth."""
+"""The order in which kernels take tokens under stochastic depth."""
 
 import pytest
 import torch
@@ -7,20 +7,23 @@ from support import device_of
 pytest.importorskip("triton")
 
 from convnext_kernels.ops.common.triton_drop_path import BLOCK, drop_path
+from convnext_kernels.parity import poisoned_memory
 
 
-@pytest.mark.parametrize("images", [0, 1, 3, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize(("images", "tokens"), [(0, 1), (1, 49), (3, BLOCK + 1), (7, 1), (BLOCK + 5, 2)])
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kept_images_come_first_in_their_order(images, rate, dtype):
+def test_kept_images_come_first(images, tokens, rate, dtype):
     generator = torch.Generator().manual_seed(images)
     kept = torch.rand(images, generator=generator) >= rate
-    factor = (kept * torch.randn(images, generator=generator)).to(dtype).to(device_of("triton"))
-    result = drop_path(factor, 49)
-    assert result.order.dtype == result.kept.dtype == torch.int32
-    assert result.kept.tolist() == [factor.count_nonzero()]
-    assert torch.equal(result.order.long(), torch.argsort((factor == 0).int(), stable=True))
-    assert result.factor is factor and result.tokens_per_image == 49
+    image_factor = (kept * torch.randn(images, generator=generator)).to(dtype).to(device_of("triton"))
+    with poisoned_memory():
+        order, factor, count = drop_path(image_factor, tokens)
+    token_factor = image_factor.repeat_interleave(tokens)
+    expected = torch.argsort((token_factor == 0).int(), stable=True)
+    assert order.dtype == count.dtype == torch.int32 and torch.equal(order.long(), expected)
+    assert factor.dtype == torch.float32 and torch.equal(factor, token_factor[expected].float())
+    assert count.tolist() == [token_factor.count_nonzero()]
 
 
 def test_nan_is_kept():

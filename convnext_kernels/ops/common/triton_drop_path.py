@@ -15,52 +15,44 @@ BLOCK = 1024
 
 
 class DropPath(NamedTuple):
-    """The factor [N] of each image, and on the device the order in which kernels take the images.
+    """On the device: the order in which kernels take tokens, and their factors.
 
-    order [N] holds the images' numbers, those whose factor is not 0 first and both parts ascending; kept [1] is how
-    many they are; int32. An image has tokens_per_image rows.
+    order [tokens], int32, holds the tokens' rows: images whose factor is not 0 come first, and both parts ascend.
+    factor [tokens], float32, is that of each token in this order; kept [1], int32, is how many come first.
     """
 
-    factor: Tensor
     order: Tensor
+    factor: Tensor
     kept: Tensor
-    tokens_per_image: int
 
 
-@triton.jit
-def _kept(factor_ptr, image, images):
-    return (tl.load(factor_ptr + image, mask=image < images, other=0.0) != 0).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["images"])
-def order_kernel(factor_ptr, order_ptr, kept_ptr, images, BLOCK: tl.constexpr):
-    """One program: counts the kept images, then gives every image its place."""
-    total = tl.zeros((BLOCK,), dtype=tl.int32)
+@triton.jit(do_not_specialize=["images", "tokens"])
+def order_kernel(image_factor_ptr, order_ptr, factor_ptr, kept_ptr, images, tokens, BLOCK: tl.constexpr):
+    """A program finds the place of one image, of so many tokens, and writes those there."""
+    image = tl.program_id(0)
+    kept = tl.zeros((BLOCK,), dtype=tl.int32)
+    kept_before = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(0, images, BLOCK):
-        total += _kept(factor_ptr, start + tl.arange(0, BLOCK), images)
-    count, before = tl.sum(total), tl.sum(tl.zeros((BLOCK,), dtype=tl.int32))
-    tl.store(kept_ptr, count)
-    for start in range(0, images, BLOCK):
-        image = start + tl.arange(0, BLOCK)
-        kept = _kept(factor_ptr, image, images)
-        kept_before = before + tl.cumsum(kept) - kept
-        place = tl.where(kept != 0, kept_before, count + image - kept_before)
-        tl.store(order_ptr + place, image, mask=image < images)
-        before += tl.sum(kept)
+        other = start + tl.arange(0, BLOCK)
+        is_kept = tl.load(image_factor_ptr + other, mask=other < images, other=0.0) != 0
+        kept += is_kept.to(tl.int32)
+        kept_before += (is_kept & (other < image)).to(tl.int32)
+    count, before, factor = tl.sum(kept), tl.sum(kept_before), tl.load(image_factor_ptr + image).to(tl.float32)
+    if image == 0:
+        tl.store(kept_ptr, count * tokens)
+    place = tl.where(factor != 0, before, count + image - before) * tokens
+    for start in range(0, tokens, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        tl.store(order_ptr + place + t, image * tokens + t, mask=t < tokens)
+        tl.store(factor_ptr + place + t, tl.zeros((BLOCK,), dtype=tl.float32) + factor, mask=t < tokens)
 
 
-@triton.jit
-def in_order(t, mask, order_ptr, tokens_per_image):
-    """Image and row of tokens that are numbered in the order of the work."""
-    image = tl.load(order_ptr + t // tokens_per_image, mask=mask, other=0)
-    return image, image * tokens_per_image + t % tokens_per_image
-
-
-def drop_path(factor: Tensor | None, tokens_per_image: int) -> DropPath | None:
-    """The order for a factor [N], found without a synchronisation; None for None."""
-    if factor is None:
+def drop_path(image_factor: Tensor | None, tokens_per_image: int) -> DropPath | None:
+    """The order for factors [N], found without a synchronisation; None for None."""
+    if image_factor is None:
         return None
-    order = torch.empty(factor.shape, dtype=torch.int32, device=factor.device)
-    kept = order.new_empty(1)
-    launch(order_kernel, (1,), factor, order, kept, factor.shape[0], BLOCK=BLOCK, warps=4)
-    return DropPath(factor, order, kept, tokens_per_image)
+    images = image_factor.shape[0]
+    order = torch.empty(images * tokens_per_image, dtype=torch.int32, device=image_factor.device)
+    factor, kept = torch.empty_like(order, dtype=torch.float32), order.new_zeros(1)
+    launch(order_kernel, (images,), image_factor, order, factor, kept, images, tokens_per_image, BLOCK=BLOCK, warps=4)
+    return DropPath(order, factor, kept)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.launch import float32_precision, launch, round_up
 from convnext_kernels.ops.common.matmul_configs import MatmulConfig, matmul_config, split_count
-from convnext_kernels.ops.common.triton_drop_path import DropPath, in_order
+from convnext_kernels.ops.common.triton_drop_path import DropPath
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
 
@@ -45,18 +45,18 @@ def patches(images: Tensor, size: int) -> Matrix:
 class Epilogue(NamedTuple):
     """What is done to a product before it is stored, in this order; None leaves a step out.
 
-    factor [1] in float32 multiplies; bias [columns] is added; `pre_activation` receives the sum, before `activation`;
+    scale [1] in float32 multiplies; bias [columns] is added; `pre_activation` receives the sum, before `activation`;
     or, with `derivative`, the product is multiplied by the activation's derivative at `pre_activation`, whose
     activation goes to `hidden`. There the pre-activation may also be `recomputed`: a second product of the same shape,
     whose first operand has the first one's strides, plus the bias. Then column_scale [columns] and the factor of
     `drop_path` multiply, and `residual` is added.
 
     With a drop_path rows are taken in its order: those of dropped images come last, are neither read nor multiplied,
-    and 0 but for the residual. With `scale_images` false its factor does not multiply; with `write_dropped` false those
+    and 0 but for the residual. With `scale_tokens` false its factor does not multiply; with `write_dropped` false those
     rows are not written either, but for the pre-activation, which a caller may keep.
     """
 
-    factor: Tensor | None = None
+    scale: Tensor | None = None
     bias: Tensor | None = None
     activation: str | None = None
     pre_activation: Tensor | None = None
@@ -65,7 +65,7 @@ class Epilogue(NamedTuple):
     recomputed: tuple[Matrix, Matrix] | None = None
     column_scale: Tensor | None = None
     drop_path: DropPath | None = None
-    scale_images: bool = True
+    scale_tokens: bool = True
     write_dropped: bool = True
     residual: Tensor | None = None
 
@@ -87,28 +87,27 @@ def _column_offsets(columns, stride, PATCH: tl.constexpr, width, channels):
     return (columns // run).to(tl.int64) * width * channels + columns % run
 
 
-@triton.jit(do_not_specialize=["rows", "tokens_per_image", "patch_rows", "patch_columns", "height", "width"])
+@triton.jit(do_not_specialize=["rows", "patch_rows", "patch_columns", "height", "width"])
 def matmul_kernel(
     a_ptr,
     b_ptr,
     second_a_ptr,
     second_b_ptr,
     out_ptr,
-    factor_ptr,
+    scale_ptr,
     bias_ptr,
     pre_activation_ptr,
     hidden_ptr,
     column_scale_ptr,
-    image_factor_ptr,
-    image_order_ptr,
-    images_kept_ptr,
+    order_ptr,
+    factor_ptr,
+    kept_ptr,
     residual_ptr,
     row_sums_ptr,
     rows,
     columns,
     inner,
     inner_per_split,
-    tokens_per_image,
     stride_am,
     stride_ak,
     stride_bk,
@@ -151,11 +150,13 @@ def matmul_kernel(
     end = min(start + inner_per_split, inner)
     a_mask = m_mask
     if ORDERED is not None:
-        kept = tl.load(images_kept_ptr) * tokens_per_image
+        kept = tl.load(kept_ptr)
     if ORDERED == "rows":
         a_mask = m < kept
         end = tl.where(tile_m * BLOCK_M < kept, end, start)
-        image, m = in_order(m, m_mask, image_order_ptr, tokens_per_image)
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr + m, mask=m_mask, other=0.0)
+        m = tl.load(order_ptr + m, mask=m_mask, other=0)
     elif ORDERED == "inner":
         inner_per_split = tl.cdiv(tl.cdiv(kept, tl.num_programs(1)), BLOCK_K) * BLOCK_K
         start = split * inner_per_split
@@ -170,13 +171,14 @@ def matmul_kernel(
         k = offset + tl.arange(0, BLOCK_K)
         k_mask = k < end
         if ORDERED == "inner":
-            image, k = in_order(k, k_mask, image_order_ptr, tokens_per_image)
+            if factor_ptr is not None:
+                factor = tl.load(factor_ptr + k, mask=k_mask, other=0.0)
+            k = tl.load(order_ptr + k, mask=k_mask, other=0)
         a_offsets = a_rows[:, None] + _column_offsets(k, stride_ak, A_PATCH, width, channels)[None, :]
         b_rows = _row_offsets(k, stride_bk, B_PATCH, patch_rows, patch_columns, height, width, channels)
         a = tl.load(a_ptr + a_offsets, mask=a_mask[:, None] & k_mask[None, :], other=0.0)
         b = tl.load(b_ptr + b_rows[:, None] + b_columns[None, :], mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-        if ORDERED == "inner" and image_factor_ptr is not None:
-            factor = tl.load(image_factor_ptr + image, mask=k_mask, other=0.0).to(tl.float32)
+        if ORDERED == "inner" and factor_ptr is not None:
             a = (a.to(tl.float32) * factor[None, :]).to(a_ptr.dtype.element_ty)
         if row_sums_ptr is not None:
             row_sums += tl.sum(a.to(tl.float32), axis=1)
@@ -190,8 +192,8 @@ def matmul_kernel(
     mask, kept_mask = m_mask[:, None] & n_mask[None, :], a_mask[:, None] & n_mask[None, :]
     out_mask = mask if WRITE_DROPPED else kept_mask
     dense = m.to(tl.int64)[:, None] * columns + n[None, :]
-    if factor_ptr is not None:
-        accumulator *= tl.load(factor_ptr)
+    if scale_ptr is not None:
+        accumulator *= tl.load(scale_ptr)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
         if DERIVATIVE:
@@ -213,8 +215,7 @@ def matmul_kernel(
     if column_scale_ptr is not None:
         accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
     if ORDERED == "rows":
-        if image_factor_ptr is not None:
-            factor = tl.load(image_factor_ptr + image, mask=m_mask, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
             accumulator *= factor[:, None]
         accumulator = tl.where(a_mask[:, None], accumulator, 0.0)
     if residual_ptr is not None:
@@ -260,13 +261,13 @@ def _launch(
         second_a and second_a.tensor,
         second_b and second_b.tensor,
         out.tensor,
-        epilogue.factor,
+        epilogue.scale,
         epilogue.bias,
         epilogue.pre_activation,
         epilogue.hidden,
         epilogue.column_scale,
-        drop_path.factor if drop_path and epilogue.scale_images else None,
         drop_path and drop_path.order,
+        drop_path.factor if drop_path and epilogue.scale_tokens else None,
         drop_path and drop_path.kept,
         epilogue.residual,
         row_sums,
@@ -274,7 +275,6 @@ def _launch(
         columns,
         inner,
         per_split,
-        drop_path.tokens_per_image if drop_path else 1,
         *a[1:3],
         *b[1:3],
         *(second_b[1:3] if second_b else (0, 0)),
@@ -313,7 +313,7 @@ def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilo
 
 
 def long_matmul(
-    a: Matrix, b: Matrix, shape: tuple[int, int, int], drop_path: DropPath | None = None, scale_images: bool = True
+    a: Matrix, b: Matrix, shape: tuple[int, int, int], drop_path: DropPath | None = None, scale_tokens: bool = True
 ) -> tuple[Tensor, Tensor]:
     """a b and the sums of a's rows in float32, for an inner dimension of tokens.
 
@@ -321,7 +321,7 @@ def long_matmul(
 
     Args:
         shape: (rows, columns, inner).
-        drop_path: its kept images alone are summed over. With `scale_images` its factor multiplies.
+        drop_path: its kept images alone are summed over. With `scale_tokens` its factor multiplies.
     """
     rows, columns, inner = shape
     config = matmul_config(columns, a.tensor.dtype, needs_registers=drop_path is not None)
@@ -329,6 +329,6 @@ def long_matmul(
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)
     out = Matrix(product, columns, 1)
-    epilogue = Epilogue(drop_path=drop_path, scale_images=scale_images)
+    epilogue = Epilogue(drop_path=drop_path, scale_tokens=scale_tokens)
     _launch(a, b, out, shape, config, epilogue, splits, row_sums)
     return product.sum(0), row_sums.sum(0)

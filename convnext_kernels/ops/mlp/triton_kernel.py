@@ -22,7 +22,7 @@ from convnext_kernels.ops.common.layouts import (
     to_channels_last,
     tokens_per_image,
 )
-from convnext_kernels.ops.common.triton_drop_path import drop_path, in_order
+from convnext_kernels.ops.common.triton_drop_path import drop_path
 from convnext_kernels.ops.common.triton_layer_gradients import layer_gradients
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
@@ -75,7 +75,7 @@ def _finish(accumulator, bias_ptr, column_scale_ptr, factor, residual_ptr, out_p
     tl.store(out_ptr + tile + offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "tokens_per_image"])
+@triton.jit(do_not_specialize=["tokens"])
 def fused_kernel(
     input_ptr,
     norm_weight_ptr,
@@ -87,13 +87,12 @@ def fused_kernel(
     weight2_ptr,
     bias2_ptr,
     layer_scale_ptr,
-    image_factor_ptr,
-    image_order_ptr,
-    images_kept_ptr,
+    order_ptr,
+    factor_ptr,
+    kept_ptr,
     residual_ptr,
     out_ptr,
     tokens,
-    tokens_per_image,
     hidden,
     eps,
     CHANNELS: tl.constexpr,
@@ -106,22 +105,20 @@ def fused_kernel(
 ):
     """Walks over the hidden channels: a few of them at a time, for all channels of a tile of tokens.
 
-    With an eps the tile is normalized first, and x^ and rstd are stored where asked for. With an image_factor tokens
-    are taken in the order of stochastic depth: x^ of those it drops is 0.
+    With an eps the tile is normalized first, and x^ and rstd are stored where asked for. With an order of
+    stochastic depth x^ of tokens that it drops is 0.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     t_mask, low = t < tokens, tl.arange(0, LOW)
     # One 64-bit offset for the tile: with one for each element 128 channels spill 16 bytes on sm_80.
     tile = tl.program_id(0).to(tl.int64) * (BLOCK_T * CHANNELS)
-    row, factor, end = tl.arange(0, BLOCK_T), None, hidden
+    row, end = tl.arange(0, BLOCK_T), hidden
     mask, kept = t_mask[:, None], t_mask[:, None]
-    if image_factor_ptr is not None:
-        tokens_kept = tl.load(images_kept_ptr) * tokens_per_image
-        kept = (t < tokens_kept)[:, None]
-        end = tl.where(tl.program_id(0) * BLOCK_T < tokens_kept, hidden, 0)
-        image, t = in_order(t, t_mask, image_order_ptr, tokens_per_image)
-        factor = tl.load(image_factor_ptr + image, mask=t_mask, other=0.0).to(tl.float32)
-        tile, row = 0, t.to(tl.int64)
+    if order_ptr is not None:
+        count = tl.load(kept_ptr)
+        kept = (t < count)[:, None]
+        end = tl.where(tl.program_id(0) * BLOCK_T < count, hidden, 0)
+        tile, row = 0, tl.load(order_ptr + t, mask=t_mask, other=0).to(tl.int64)
     offsets = row[:, None] * CHANNELS + low[None, :]
     input_low = tl.load(input_ptr + tile + offsets, mask=kept, other=0.0)
     sum_low, input_high = tl.zeros((BLOCK_T, LOW), dtype=tl.float32), None
@@ -139,15 +136,15 @@ def fused_kernel(
                 input_high, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets_high, mask, high, dtype
             )
         if rstd_ptr is not None:
-            tl.store(rstd_ptr + t, rstd, mask=t_mask)
+            tl.store(rstd_ptr + tile // CHANNELS + row, rstd, mask=t_mask)
     for start in range(0, end, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
         h_mask = h < hidden
-        row = h[None, :] * CHANNELS
-        weight = tl.load(weight1_ptr + row + low[:, None], mask=h_mask[None, :], other=0.0)
+        line = h[None, :] * CHANNELS
+        weight = tl.load(weight1_ptr + line + low[:, None], mask=h_mask[None, :], other=0.0)
         activation = tl.dot(input_low, weight, input_precision=PRECISION)
         if HIGH > 0:
-            weight = tl.load(weight1_ptr + row + high[:, None], mask=h_mask[None, :], other=0.0)
+            weight = tl.load(weight1_ptr + line + high[:, None], mask=h_mask[None, :], other=0.0)
             activation = tl.dot(input_high, weight, activation, input_precision=PRECISION)
         if bias1_ptr is not None:
             activation += tl.load(bias1_ptr + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
@@ -158,11 +155,16 @@ def fused_kernel(
         if HIGH > 0:
             weight = tl.load(weight2_ptr + high[None, :] * hidden + h[:, None], mask=h_mask[:, None], other=0.0)
             sum_high = tl.dot(activated, weight, sum_high, input_precision=PRECISION)
+    factor = None
+    if order_ptr is not None:
+        # Volatile, that is again: kept over the loop 128 channels spill on sm_80.
+        row = tl.load(order_ptr + t, mask=t_mask, other=0, volatile=True).to(tl.int64)
+        factor = tl.load(factor_ptr + t, mask=t_mask, other=0.0)
+    offsets = row[:, None] * CHANNELS + low[None, :]
     _finish(sum_low, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, low)
     if HIGH > 0:
-        _finish(
-            sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets_high, mask, kept, high
-        )
+        offsets = row[:, None] * CHANNELS + high[None, :]
+        _finish(sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, high)
 
 
 class Norm(NamedTuple):
@@ -209,11 +211,10 @@ def _fused_forward(
         weight2.to(rows.dtype).contiguous(),
         bias2,
         layer_scale,
-        *(drop[:3] if drop else (None, None, None)),
+        *(drop or (None, None, None)),
         None if residual is None else to_channels_last(residual),
         output,
         tokens,
-        tokens_per_image(rows),
         weight1.shape[0],
         norm and norm.eps,
         CHANNELS=rows.shape[-1],
@@ -304,7 +305,7 @@ def forward(
             activation=activation,
             pre_activation=pre_activation,
             drop_path=drop,
-            scale_images=False,
+            scale_tokens=False,
             write_dropped=grn_weight is not None,
         ),
     )
@@ -352,7 +353,7 @@ def backward(
     count, per_image = tokens.shape[0], tokens_per_image(rows)
     shape, first_product = (count, hidden_width, width), (matrix(tokens), matrix(weight1.to(dtype)).transposed)
     gradients, drop = [nothing(input) for _ in wanted], drop_path(drop_path_factor, per_image)
-    unscaled = Epilogue(drop_path=drop, scale_images=False)
+    unscaled = Epilogue(drop_path=drop, scale_tokens=False)
 
     grad_pre, hidden = (rows.new_empty((rows.shape[0], per_image, hidden_width)) for _ in range(2))
     epilogue = Epilogue(drop_path=drop)
@@ -366,7 +367,7 @@ def backward(
         pre_activation = torch.empty_like(hidden)
         matmul(*first_product, matrix(pre_activation.flatten(0, 1)), shape, unscaled._replace(bias=bias1))
     weight, power = scaled_weight2(weight2, layer_scale, dtype)
-    matmul(matrix(grads), matrix(weight), matrix(grad_pre.flatten(0, 1)), shape, epilogue._replace(factor=power))
+    matmul(matrix(grads), matrix(weight), matrix(grad_pre.flatten(0, 1)), shape, epilogue._replace(scale=power))
 
     if grn_weight is not None and grn_bias is not None and pre_activation is not None:
         approximate, pre_activation = APPROXIMATE[activation], pre_activation.view(hidden.shape)
@@ -388,5 +389,5 @@ def backward(
         gradients[0] = from_channels_last(grad_input)
     if wanted[1] or wanted[2]:
         shape = (hidden_width, width, count)
-        gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), shape, drop, scale_images=False)
+        gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), shape, drop, scale_tokens=False)
     return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))
