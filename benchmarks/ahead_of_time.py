@@ -40,7 +40,7 @@ from convnext_kernels.parity import Case
 
 CHANNELS = (24, 40, 96, 128, 384, 768, 1024)
 FUSED_CHANNELS = (48, 64, 80, 160, 192)
-"""More, which the MLP does in one kernel where nothing is saved."""
+"""More, whose MLP is one kernel where nothing is saved."""
 
 PRECISIONS = {
     "float32": (torch.float32, "highest"),
@@ -50,7 +50,7 @@ PRECISIONS = {
 }
 """Name of a precision: the tensors' dtype and PyTorch's setting for float32 matrix products."""
 
-PRODUCTS = ("mlp", "patch_linear")
+PRODUCTS = ("mlp", "patch_linear", "convnext_block")
 """Operators that multiply matrices: only they differ between float32 and tf32."""
 
 PRODUCT_KERNELS = ("common.matmul_kernel", "mlp.fused_kernel")
@@ -240,6 +240,34 @@ def _mlp_cases(channels: Iterable[int], quick: bool) -> list[Case]:
     ]
 
 
+def _block_cases(channels: Iterable[int], quick: bool) -> list[Case]:
+    """What a block launches that its operators do not: kernels that normalise, add and know dropped images."""
+
+    def case(name: str, width: int, vectors: tuple[str, ...], **options: Any) -> Case:
+        hidden, image = 4 * width, _image(width)
+        matrices = {"conv_weight": (width, 1, 7, 7), "weight1": (hidden, width), "weight2": (width, hidden)}
+        lengths = {"bias1": hidden, "grn_weight": hidden, "grn_bias": hidden, "drop_path_factor": image[0]}
+        shapes = {"input": image, **matrices, **{vector: (lengths.get(vector, width),) for vector in vectors}}
+        absent = ("conv_bias", "norm_weight", "norm_bias", "bias1", "bias2")
+        return Case("convnext_block", name, shapes, {**{v: None for v in absent if v not in vectors}, **options})
+
+    biases = ("conv_bias", "norm_weight", "norm_bias", "bias1", "bias2")
+    v1, v2 = (*biases, "layer_scale", "drop_path_factor"), (*biases, "grn_weight", "grn_bias", "drop_path_factor")
+    recompute = {"recompute_hidden": True}
+    cases = [case(f"{width} channels, recomputed", width, v1, **recompute) for width in channels]
+    if quick:
+        return cases
+    return [
+        *cases,
+        case("96 channels, saved", 96, v1, recompute_hidden=False),
+        case("GRN", 96, v2),
+        case("no drop path", 96, (*biases, "layer_scale"), **recompute),
+        case("no bias, affine, scale or drop path", 96, (), **recompute),
+        *(case(f"{width} channels, recomputed", width, v1, **recompute) for width in FUSED_CHANNELS),
+        *(case(f"{width} channels, tanh", width, v1, activation="gelu_tanh", **recompute) for width in (128, 160, 192)),
+    ]
+
+
 def _patch_cases(channels: Iterable[int], quick: bool) -> list[Case]:
     def case(name: str, width: int, outputs: int, size: int, vectors: tuple[str, ...] = ("bias",)) -> Case:
         shapes = {"input": _image(width, 8), "weight": (outputs, width, size, size)}
@@ -259,6 +287,8 @@ def cases(operator: str, quick: bool) -> list[Case]:
         return _filter_cases(operator, channels, ("norm_weight", "norm_bias"), quick)
     if operator == "mlp":
         return _mlp_cases(channels, quick)
+    if operator == "convnext_block":
+        return _block_cases(channels, quick)
     return _patch_cases(channels, quick) if operator == "patch_linear" else _norm_cases(operator, channels, quick)
 
 
