@@ -126,6 +126,7 @@ def matmul_kernel(
     OUT_PATCH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     DERIVATIVE: tl.constexpr,
+    ROWS_ALIGNED: tl.constexpr,
     ORDERED: tl.constexpr,
     WRITE_DROPPED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,6 +146,8 @@ def matmul_kernel(
 
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ROWS_ALIGNED:  # what the compiler cannot know; without it a is loaded element by element
+        rows = rows // 16 * 16
     m_mask, n_mask = m < rows, n < columns
     start = split * inner_per_split
     end = min(start + inner_per_split, inner)
@@ -289,6 +292,7 @@ def _launch(
         OUT_PATCH=out.patch,
         ACTIVATION=epilogue.activation and gelu_form(epilogue.activation, a.tensor.dtype),
         DERIVATIVE=epilogue.derivative,
+        ROWS_ALIGNED=a.row_stride == 1 and rows % 16 == 0,
         ORDERED=ordered,
         WRITE_DROPPED=epilogue.write_dropped,
         PRECISION=float32_precision(),
@@ -297,7 +301,8 @@ def _launch(
         BLOCK_K=config.block_k,
         GROUP_M=GROUP_M,
         warps=config.warps,
-        num_stages=config.stages,
+        # Where the order is loaded in the loop, what it leads to is loaded half the stages later.
+        num_stages=2 * config.stages - 1 if ordered == "inner" else config.stages,
     )
 
 
@@ -324,7 +329,7 @@ def long_matmul(
         drop_path: its kept images alone are summed over. With `scale_tokens` its factor multiplies.
     """
     rows, columns, inner = shape
-    config = matmul_config(columns, a.tensor.dtype, needs_registers=drop_path is not None)
+    config = matmul_config(columns, a.tensor.dtype, needs_registers=drop_path is not None and scale_tokens)
     splits = split_count(rows, columns, inner, config)
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)
