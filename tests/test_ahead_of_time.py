@@ -102,4 +102,4 @@ def test_the_interpreter_compiles_nothing(monkeypatch, capsys):
 def test_unknown_names_are_named(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["--operator", "conv"]) == 2
-    assert "--operator: got 'conv'; accepted: depthwise_conv2d" in capsys.readouterr().err
+    assert "--operator: got 'conv'; accepted: convnext_block, depthwise_conv2d" in capsys.readouterr().err
