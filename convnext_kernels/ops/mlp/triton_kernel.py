@@ -28,7 +28,7 @@ from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
 from convnext_kernels.ops.layer_norm.triton_kernel import affine
 from convnext_kernels.ops.mlp.configs import TOKENS, WARPS, FusedConfig, fused_config
-from convnext_kernels.ops.mlp.reference import APPROXIMATE, parameter_gradients, scaled_weight2
+from convnext_kernels.ops.mlp.reference import parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
 
@@ -346,7 +346,8 @@ def backward(
     """As the reference's `backward`, with the stochastic-depth factor in an epilogue and a prologue, not in a pass.
 
     What is left out for dropped images are their rows of every product, but for the passes of grn.
-    A pre-activation that was not saved is a second product in the kernel that needs it; with grn, a product before.
+    A pre-activation that was not saved is a second product in the kernel that needs it; with grn, a product before, and
+    there are two passes over it and the gradient.
     """
     rows, grads, dtype = to_channels_last(input), to_channels_last(grad_output).flatten(0, -2), input.dtype
     tokens, (hidden_width, width) = rows.flatten(0, -2), weight1.shape
@@ -355,28 +356,24 @@ def backward(
     gradients, drop = [nothing(input) for _ in wanted], drop_path(drop_path_factor, per_image)
     unscaled = Epilogue(drop_path=drop, scale_tokens=False)
 
-    grad_pre, hidden = (rows.new_empty((rows.shape[0], per_image, hidden_width)) for _ in range(2))
-    epilogue = Epilogue(drop_path=drop)
+    grad_pre, epilogue = rows.new_empty((rows.shape[0], per_image, hidden_width)), Epilogue(drop_path=drop)
     if grn_weight is None:
+        hidden = torch.empty_like(grad_pre)
         epilogue = Epilogue(activation=activation, derivative=True, hidden=hidden, drop_path=drop, write_dropped=False)
         if pre_activation is None:
             epilogue = epilogue._replace(recomputed=first_product, bias=bias1)
         else:
             epilogue = epilogue._replace(pre_activation=pre_activation)
     elif pre_activation is None:
-        pre_activation = torch.empty_like(hidden)
+        pre_activation = torch.empty_like(grad_pre)
         matmul(*first_product, matrix(pre_activation.flatten(0, 1)), shape, unscaled._replace(bias=bias1))
     weight, power = scaled_weight2(weight2, layer_scale, dtype)
     matmul(matrix(grads), matrix(weight), matrix(grad_pre.flatten(0, 1)), shape, epilogue._replace(scale=power))
 
     if grn_weight is not None and grn_bias is not None and pre_activation is not None:
-        approximate, pre_activation = APPROXIMATE[activation], pre_activation.view(hidden.shape)
-        activated = torch.nn.functional.gelu(pre_activation, approximate=approximate)
-        hidden, norms = response_norm.forward(activated, grn_weight, grn_bias, grn_eps)
-        grad_hidden, gradients[6], gradients[7] = response_norm.backward(
-            grad_pre, activated, grn_weight, norms, grn_eps, [True, *wanted[6:]]
+        hidden, gradients[6], gradients[7] = response_norm.activated_backward(
+            grad_pre, pre_activation.view(grad_pre.shape), grn_weight, grn_bias, grn_eps, activation
         )
-        grad_pre = torch.ops.aten.gelu_backward(grad_hidden, pre_activation, approximate=approximate)
     if any(wanted[3:6]):
         a, b = matrix(grads).transposed, matrix(hidden.flatten(0, 1))
         products, sums = long_matmul(a, b, (width, hidden_width, count), drop)

@@ -1,6 +1,7 @@
 """Global response normalisation in Triton: one pass for the sums over each image, one that applies them.
 
-The arithmetic on [N, C] between the two is the reference's.
+For the MLP's backward both also compute the activation before it. The arithmetic on [N, C] between the two is the
+reference's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.launch import launch, round_up
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
+from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 from convnext_kernels.ops.response_norm.configs import BLOCK_CHANNELS, BLOCK_TOKENS, WARPS, split_count
 from convnext_kernels.ops.response_norm.reference import input_coefficients, scales, weight_gradient
+
+
+@triton.jit
+def _activated(x, ACTIVATION: tl.constexpr):
+    """The activation as it would have been stored, in float32, where there is one."""
+    if ACTIVATION is None:
+        return x.to(tl.float32)
+    return gelu(x.to(tl.float32), ACTIVATION).to(x.dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
@@ -22,31 +32,37 @@ def sums_kernel(
     b_ptr,
     dots_ptr,
     sums_ptr,
+    squares_ptr,
     tokens,
     tokens_per_split,
     channels,
+    ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Over one split of an image's tokens: the sum of a b and, where asked for, of a."""
+    """Over one split of an image's tokens: the sum of a b and, where asked for, of a and b^2; b is activated before."""
     image, split = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < channels
     image_offset = image.to(tl.int64) * tokens * channels
     dots = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     sums = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     for start in range(0, tokens_per_split, BLOCK_T):
         t = split * tokens_per_split + start + tl.arange(0, BLOCK_T)
         mask = (t < tokens)[:, None] & c_mask[None, :]
         offsets = image_offset + t.to(tl.int64)[:, None] * channels + c[None, :]
         a = tl.load(a_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        b = _activated(tl.load(b_ptr + offsets, mask=mask, other=0.0), ACTIVATION)
         dots += a * b
         sums += a
+        squares += b * b
     out = (split.to(tl.int64) * tl.num_programs(0) + image) * channels + c
     tl.store(dots_ptr + out, tl.sum(dots, axis=0), mask=c_mask)
     if sums_ptr is not None:
         tl.store(sums_ptr + out, tl.sum(sums, axis=0), mask=c_mask)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + out, tl.sum(squares, axis=0), mask=c_mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -80,32 +96,65 @@ def apply_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def activated_backward_kernel(
+    grad_ptr,
+    scale_ptr,
+    pre_activation_ptr,
+    coefficient_ptr,
+    bias_ptr,
+    out_ptr,
+    tokens,
+    channels,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of p with h = activation(p): out = h * scale + bias; grad becomes (grad * scale + h * coefficient) * h'(p)."""
+    tiles = tl.cdiv(tokens, BLOCK_T)
+    image, t = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    mask = (t < tokens)[:, None] & c_mask[None, :]
+    offsets = (image.to(tl.int64) * tokens + t)[:, None] * channels + c[None, :]
+    scale_offsets = image.to(tl.int64) * channels + c
+    scale = tl.load(scale_ptr + scale_offsets, mask=c_mask, other=0.0)[None, :]
+    coefficient = tl.load(coefficient_ptr + scale_offsets, mask=c_mask, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+    pre_activation = tl.load(pre_activation_ptr + offsets, mask=mask, other=0.0)
+    hidden = _activated(pre_activation, ACTIVATION)
+    tl.store(out_ptr + offsets, (hidden * scale + bias).to(out_ptr.dtype.element_ty), mask=mask)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale + hidden * coefficient
+    grad *= gelu_derivative(pre_activation.to(tl.float32), ACTIVATION)
+    tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
 def _sizes(rows: Tensor) -> tuple[int, int, int]:
     batch, channels = rows.shape[0], rows.shape[-1]
     return batch, rows[0].numel() // channels if batch else 1, channels
 
 
-def _sums(a: Tensor, b: Tensor, with_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """Sums over each image's tokens of a b and of a, [N, C] in float32."""
+def _sums(a: Tensor, b: Tensor, kinds: int, activation: str | None = None) -> Tensor:
+    """The first kinds of: sums over each image's tokens of a b, a and b^2, [kinds, N, C] in float32."""
     batch, tokens, channels = _sizes(a)
     splits = split_count(tokens)
-    dots = torch.empty((splits, batch, channels), dtype=torch.float32, device=a.device)
-    sums = torch.empty_like(dots) if with_sums else None
+    partial = torch.empty((kinds, splits, batch, channels), dtype=torch.float32, device=a.device)
     launch(
         sums_kernel,
         (batch, -(-channels // BLOCK_CHANNELS), splits),
         a,
         b,
-        dots,
-        sums,
+        *partial,
+        *[None] * (3 - kinds),
         tokens,
         round_up(-(-tokens // splits), BLOCK_TOKENS),
         channels,
+        ACTIVATION=activation and gelu_form(activation, b.dtype),
         BLOCK_T=BLOCK_TOKENS,
         BLOCK_C=BLOCK_CHANNELS,
         warps=WARPS,
     )
-    return dots.sum(0), None if sums is None else sums.sum(0)
+    return partial.sum(1)
 
 
 def _apply(
@@ -134,8 +183,7 @@ def _apply(
 def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
     rows = to_channels_last(input)
-    squares, _ = _sums(rows, rows, with_sums=False)
-    norms = squares.sqrt()
+    norms = _sums(rows, rows, 1)[0].sqrt()
     return from_channels_last(_apply(rows, scales(norms, weight, eps), bias=bias)), norms
 
 
@@ -145,12 +193,41 @@ def backward(
     """As the reference's `backward`."""
     grads, rows = to_channels_last(grad_output), to_channels_last(input)
     grad_input, grad_weight, grad_bias = nothing(input), nothing(input), nothing(input)
-    dots, sums = _sums(grads, rows, with_sums=wanted[2])
+    dots, *sums = _sums(grads, rows, 2 if wanted[2] else 1)
     if wanted[0]:
         coefficients = input_coefficients(norms, dots, weight, eps)
         grad_input = from_channels_last(_apply(grads, scales(norms, weight, eps), rows, coefficients))
     if wanted[1]:
         grad_weight = weight_gradient(norms, dots, eps)
-    if sums is not None:
-        grad_bias = sums.sum(0)
+    if wanted[2]:
+        grad_bias = sums[0].sum(0)
     return grad_input, grad_weight, grad_bias
+
+
+def activated_backward(
+    grads: Tensor, pre_activation: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of grn(h), h = activation(pre_activation), both [N, L, C]: output and gradients of weight and bias in float32.
+
+    grads becomes, in place, the gradient of the pre-activation. h is never written.
+    """
+    batch, tokens, channels = _sizes(grads)
+    dots, sums, squares = _sums(grads, pre_activation, 3, activation)
+    norms, output = squares.sqrt(), torch.empty_like(grads)
+    launch(
+        activated_backward_kernel,
+        (batch * -(-tokens // BLOCK_TOKENS), -(-channels // BLOCK_CHANNELS)),
+        grads,
+        scales(norms, weight, eps),
+        pre_activation,
+        input_coefficients(norms, dots, weight, eps),
+        bias,
+        output,
+        tokens,
+        channels,
+        ACTIVATION=gelu_form(activation, grads.dtype),
+        BLOCK_T=BLOCK_TOKENS,
+        BLOCK_C=BLOCK_CHANNELS,
+        warps=WARPS,
+    )
+    return output, weight_gradient(norms, dots, eps), sums.sum(0)
