@@ -6,8 +6,10 @@ import pytest
 import torch
 from contract import Contract
 from support import (
+    DTYPES,
     arguments_of,
     assert_far_images_are_right,
+    assert_parity,
     assert_same,
     device_of,
     evaluate,
@@ -21,6 +23,7 @@ from convnext_kernels.functional import depthwise_conv2d_layer_norm, explain, ml
 from convnext_kernels.ops.convnext_block import configs
 from convnext_kernels.ops.convnext_block.steps import fold, unfold
 from convnext_kernels.parity import Case
+from convnext_kernels.variants import VARIANTS
 
 HIDDEN = 11
 ABSENT = ("norm_weight", "norm_bias", "conv_bias", "bias1", "bias2")
@@ -160,3 +163,34 @@ def test_gradients_are_made_only_for_what_asks():
         patch.setattr("convnext_kernels.ops.layer_norm.reference.backward", convolution)
         results = evaluate(TestBlock().function, arguments)
     assert leaves_of(arguments).keys() == {"layer_scale"} and results["grad layer_scale"].any()
+
+
+WIDTHS = sorted({width for variant in VARIANTS.values() for width in variant.dims})
+
+
+def width_case(width: int, grn: bool, hidden: int, size: int) -> Case:
+    """A block as a published variant has it, on maps of 2x2."""
+    shapes = {"input": (2, width, 2, 2), "conv_weight": (width, 1, size, size), "conv_bias": (width,)}
+    shapes |= {"norm_weight": (width,), "norm_bias": (width,), "weight1": (hidden, width), "bias1": (hidden,)}
+    shapes |= {"weight2": (width, hidden), "bias2": (width,)}
+    v1, v2 = {"layer_scale": (width,), "drop_path_factor": (2,)}, {"grn_weight": (hidden,), "grn_bias": (hidden,)}
+    return Case("convnext_block", str(width), shapes | (v2 if grn else v1))
+
+
+@pytest.mark.parametrize("grn", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("width", [width for width in WIDTHS if width <= 768 or width == max(WIDTHS)])
+def test_published_widths(width, grn):
+    """The interpreter is slow: wide blocks have few hidden channels and small filters, and each version has a dtype."""
+    hidden, size = (4 * width, 7) if width <= 96 else (24, 3)
+    dtype = torch.float32 if grn else torch.float16
+    assert_parity(width_case(width, grn, hidden, size), dtype, device_of("triton"), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grn", [False, True], ids=["V1", "V2"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_published_width_on_a_gpu(width, grn, dtype, backend):
+    device_of(backend)
+    assert_parity(width_case(width, grn, 4 * width, 7), dtype, "cuda", backend)
