@@ -86,6 +86,22 @@ class TestMLP(Contract):
         got["grad residual"] = expected["grad residual"]
         assert_same(got, expected)
 
+    @pytest.mark.skipif(not INTERPRETED, reason="counts the products of Triton's interpreter")
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("grn", [False, True])
+    def test_half_the_images_are_half_the_products(self, grn, recompute, monkeypatch):
+        """Every second image is dropped, so that no tile holds dropped ones alone."""
+        arguments = arguments_of(self.full(batch=96, height=2, width=2), device=device_of("triton"))
+        arguments |= {} if grn else {"grn_weight": None, "grn_bias": None}
+        interpreter, counts = import_module("triton.runtime.interpreter").InterpreterBuilder, []
+        for factor in (torch.ones(96), torch.arange(96.0) % 2):
+            products = Mock(side_effect=interpreter.create_dot)
+            with monkeypatch.context() as context:
+                context.setattr(interpreter, "create_dot", lambda *args, run=products: run(*args))
+                evaluate(self.on("triton", recompute_hidden=recompute), {**arguments, "drop_path_factor": factor})
+            counts.append(products.call_count)
+        assert counts[0] == 2 * counts[1] > 0
+
     def test_what_triton_drops_is_not_multiplied_by_zero(self):
         arguments = without_gradients(arguments_of(self.full(), device=device_of("triton")))
         arguments["bias2"] = torch.full_like(arguments["bias2"], torch.nan)
