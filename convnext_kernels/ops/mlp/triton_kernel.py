@@ -33,32 +33,29 @@ from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
 
 @triton.jit
-def _normalize(low, high, channels, eps):
-    """(tile - mean) * rstd for a tile in two parts, whose second may be None, and rstd; see LayerNorm's `normalize`."""
+def _statistics(low, high, channels, eps):
+    """Mean and rstd of a tile in two parts, whose second may be None; variance from differences, not from squares."""
     low = low.to(tl.float32)
     total = tl.sum(low, axis=1)
     if high is not None:
         high = high.to(tl.float32)
         total += tl.sum(high, axis=1)
-    mean = (total / channels)[:, None]
-    low -= mean
+    mean = total / channels
+    low -= mean[:, None]
     squares = tl.sum(low * low, axis=1)
     if high is not None:
-        high -= mean
+        high -= mean[:, None]
         squares += tl.sum(high * high, axis=1)
-    rstd = tl.rsqrt(squares / channels + eps)
-    low *= rstd[:, None]
-    if high is not None:
-        high *= rstd[:, None]
-    return low, high, rstd
+    return mean, tl.rsqrt(squares / channels + eps)
 
 
 @triton.jit
-def _affine(normalized, weight_ptr, bias_ptr, normalized_ptr, tile, offsets, mask, c, dtype: tl.constexpr):
-    """Some channels of LayerNorm's output; those before the affine are stored where asked for."""
+def _normalize(part, mean, rstd, weight_ptr, bias_ptr, normalized_ptr, tile, offsets, mask, c):
+    """LayerNorm's output for some channels; x^, before the affine, is stored where asked for."""
+    normalized = (part.to(tl.float32) - mean[:, None]) * rstd[:, None]
     if normalized_ptr is not None:
-        tl.store(normalized_ptr + tile + offsets, normalized.to(dtype), mask=mask)
-    return affine(normalized, weight_ptr, bias_ptr, c, c >= 0).to(dtype)
+        tl.store(normalized_ptr + tile + offsets, normalized.to(part.dtype), mask=mask)
+    return affine(normalized, weight_ptr, bias_ptr, c, c >= 0).to(part.dtype)
 
 
 @triton.jit
@@ -128,12 +125,13 @@ def fused_kernel(
         input_high = tl.load(input_ptr + tile + offsets_high, mask=kept, other=0.0)
         sum_high = tl.zeros((BLOCK_T, HIGH), dtype=tl.float32)
     if eps is not None:
-        dtype: tl.constexpr = input_ptr.dtype.element_ty
-        input_low, input_high, rstd = _normalize(input_low, input_high, CHANNELS, eps)
-        input_low = _affine(input_low, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets, mask, low, dtype)
+        mean, rstd = _statistics(input_low, input_high, CHANNELS, eps)
+        input_low = _normalize(
+            input_low, mean, rstd, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets, mask, low
+        )
         if HIGH > 0:
-            input_high = _affine(
-                input_high, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets_high, mask, high, dtype
+            input_high = _normalize(
+                input_high, mean, rstd, norm_weight_ptr, norm_bias_ptr, normalized_ptr, tile, offsets_high, mask, high
             )
         if rstd_ptr is not None:
             tl.store(rstd_ptr + tile // CHANNELS + row, rstd, mask=t_mask)
