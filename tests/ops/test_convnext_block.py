@@ -7,6 +7,7 @@ import torch
 from contract import Contract
 from support import (
     DTYPES,
+    OperatorCalls,
     arguments_of,
     assert_far_images_are_right,
     assert_parity,
@@ -18,9 +19,11 @@ from support import (
     with_dtype,
     without_gradients,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_kernels.functional import depthwise_conv2d_layer_norm, explain, mlp
-from convnext_kernels.ops.convnext_block import configs
+from convnext_kernels.ops.convnext_block import configs, reference
 from convnext_kernels.ops.convnext_block.steps import fold, unfold
 from convnext_kernels.parity import Case
 from convnext_kernels.variants import VARIANTS
@@ -119,11 +122,12 @@ def test_folding_and_its_gradients():
 
 @pytest.mark.parametrize("norm", [None, "given"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_folded_weight_is_no_view_of_the_weight(norm, dtype):
+def test_a_folded_weight_is_dense_and_no_view_of_the_weight(norm, dtype):
     """What is saved must not change with the weights, nor be the same memory as an argument."""
-    weight, bias = torch.randn(7, 5), torch.randn(7)
+    weight, bias = torch.randn(5, 7).t(), torch.randn(7)
     folded = fold(weight, bias, None if norm is None else torch.ones(5), None, torch.zeros(1, 5, 1, 1, dtype=dtype))
     assert folded[0].dtype == dtype and folded[1].dtype == torch.float32
+    assert folded[0].is_contiguous() and torch.equal(folded[0], weight.to(dtype))
     assert {tensor.data_ptr() for tensor in folded}.isdisjoint({weight.data_ptr(), bias.data_ptr()})
 
 
@@ -144,6 +148,34 @@ def test_when_hidden_activations_are_recomputed_unasked(channels, dtype, grn, on
     monkeypatch.setattr(configs, "float32_precision", lambda: "tf32" if tf32 else "ieee")
     input = Mock(dtype=dtype, is_cuda=on_gpu, shape=torch.Size([2, channels, 3, 3]))
     assert configs.recomputes_by_default(input, grn) is expected
+
+
+class Rounded(TorchDispatchMode):
+    """Notes the shape of every 16-bit tensor that is filled from a float32 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = args[0].dtype if args and isinstance(args[0], Tensor) and "empty" not in function.__name__ else None
+        if given == torch.float32 and isinstance(result, Tensor) and result.dtype == torch.bfloat16:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_autocast_rounds_a_weight_once_a_step(recompute):
+    """weight1 with the norm in it, for forward and backward; weight2 as it is, and with layer scale in backward."""
+    arguments = arguments_of(TestBlock().full()) | {"recompute_hidden": recompute}
+    with OperatorCalls() as step, torch.autocast("cpu", torch.bfloat16):
+        evaluate(TestBlock().function, arguments)
+    with Rounded() as rounded, torch.no_grad():
+        for run, (_, call) in zip((reference.forward, reference.backward), step.calls, strict=True):
+            run(*call[:-1])
+    first, second = (tuple(arguments[name].shape) for name in ("weight1", "weight2"))
+    assert [rounded.shapes.count(shape) for shape in (first, second)] == [1, 2]
 
 
 def test_explain_says_why_products_cannot_run():

@@ -25,10 +25,8 @@ def fold(
     """
     dtype = statistics_dtype(input)
     exact = weight.to(dtype)
-    if norm_weight is None:
-        folded_weight = weight.to(input.dtype, copy=True)
-    else:
-        folded_weight = torch.mul(exact, norm_weight, out=torch.empty_like(exact, dtype=input.dtype))
+    folded_weight = exact.new_empty(exact.shape, dtype=input.dtype)
+    torch.mul(exact, 1 if norm_weight is None else norm_weight, out=folded_weight)
     folded_bias = exact.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype, copy=True)
     if norm_bias is not None:
         folded_bias += (exact * norm_bias).sum(1)
@@ -63,7 +61,7 @@ class Steps:
 
     Args:
         takes_one_kernel: whether mlp has a kernel for a call that also normalises its input, `forward_normalizing`.
-        layer_gradients: PyTorch's, or a kernel for it.
+        fold, layer_gradients: PyTorch's, or kernels for them.
     """
 
     conv_layer_norm: ModuleType
@@ -71,6 +69,7 @@ class Steps:
     layer_norm: ModuleType
     mlp: ModuleType
     takes_one_kernel: Callable[[Tensor, Tensor | None], bool] = _never
+    fold: Callable[..., tuple[Tensor, Tensor]] = fold
     layer_gradients: LayerGradients = layer_gradients
 
     def forward(
@@ -104,7 +103,7 @@ class Steps:
         layer1: tuple[Tensor, Tensor | None] = (weight1, bias1)
         folded = nothing(input), nothing(input)
         if save:
-            folded = fold(weight1, bias1, *norm, input)
+            folded = self.fold(weight1, bias1, *norm, input)
             norm, layer1 = (None, None), folded
         layer2, grn = (weight2, bias2, layer_scale, drop_path_factor, input), (grn_weight, grn_bias, grn_eps)
         saves_hidden = save and not recompute_hidden
