@@ -72,6 +72,12 @@ class TestBlock(Contract):
         recomputed, saved = (evaluate(self.on(backend, recompute_hidden=r), arguments) for r in (True, False))
         assert_same(recomputed, saved)
 
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_opcheck_with_the_one_kernel_of_few_channels(self, recompute):
+        arguments = arguments_of(self.full(channels=32), torch.float16, device=device_of("triton"))
+        arguments |= {"grn_weight": None, "grn_bias": None, "recompute_hidden": recompute}
+        self.opcheck(arguments, "triton")
+
     def test_what_is_dropped_may_hold_anything(self, kernels, value):
         """An image whose factor is 0 is copied, forward and backward, whatever its branch would be."""
         arguments = arguments_of(self.full(), device=device_of(kernels)) | {"grn_weight": None, "grn_bias": None}

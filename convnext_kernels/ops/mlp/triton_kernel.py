@@ -264,7 +264,7 @@ def forward_normalizing(
     parameters = (weight1, bias1, weight2, bias2, layer_scale)
     output, normalized, rstd = _fused_forward(convolved, *parameters, drop_path_factor, residual, activation, norm)
     if normalized is None or rstd is None:
-        return output, nothing(convolved), nothing(convolved, torch.float32)
+        return output, nothing(convolved), nothing(convolved)
     return output, from_channels_last(normalized), rstd
 
 
