@@ -4,7 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from contract import Contract
+from contract import INTERPRETED_DTYPES, Contract
 from support import (
     DTYPES,
     OperatorCalls,
@@ -215,12 +215,12 @@ def width_case(width: int, grn: bool, hidden: int, size: int) -> Case:
     return Case("convnext_block", str(width), shapes | (v2 if grn else v1))
 
 
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
 @pytest.mark.parametrize("grn", [False, True], ids=["V1", "V2"])
-@pytest.mark.parametrize("width", [width for width in WIDTHS if width <= 768 or width == max(WIDTHS)])
-def test_published_widths(width, grn):
-    """The interpreter is slow: wide blocks have few hidden channels and small filters, and each version has a dtype."""
+@pytest.mark.parametrize("width", WIDTHS)
+def test_published_widths(width, grn, dtype):
+    """The interpreter is slow: wide blocks have few hidden channels and small filters."""
     hidden, size = (4 * width, 7) if width <= 96 else (96, 3)
-    dtype = torch.float32 if grn else torch.float16
     assert_parity(width_case(width, grn, hidden, size), dtype, device_of("triton"), "triton")
 
 

@@ -47,6 +47,11 @@ def same_dtype(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if parameter is None else parameter.to(dtype).contiguous() for parameter in parameters)
 
 
+def as_float32(vector: Tensor | None) -> Tensor | None:
+    """A vector that kernels read in float32 alone, such as factors of images."""
+    return None if vector is None else vector.float()
+
+
 def parameter_type(default: torch.dtype, *parameters: Tensor | None) -> Any:
     """The library's name for the dtype of what `same_dtype` returned; the activations' where that is all None."""
     return element_type(next((parameter.dtype for parameter in parameters if parameter is not None), default))

@@ -64,7 +64,7 @@ def layer_gradients(
     weight, grad = weight.contiguous(), torch.empty_like(product, memory_format=torch.contiguous_format)
     channels, others = product.shape[channel_axis], product.shape[1 - channel_axis]
     tiles = -(-channels // BLOCK), -(-others // BLOCK)
-    scale_dots, shift_dots = (product.new_empty((tiles[1], channels)) for _ in range(2))
+    partial_dots = product.new_empty((2, tiles[1], channels))
     launch(
         layer_gradients_kernel,
         tiles,
@@ -74,8 +74,7 @@ def layer_gradients(
         shift,
         sums,
         grad,
-        scale_dots,
-        shift_dots,
+        *partial_dots,
         channels,
         others,
         grad.stride(channel_axis),
@@ -84,4 +83,5 @@ def layer_gradients(
         BLOCK_O=BLOCK,
         warps=WARPS,
     )
-    return grad, scale_dots.sum(0), shift_dots.sum(0)
+    scale_dots, shift_dots = partial_dots.sum(1)
+    return grad, scale_dots, shift_dots

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convnext_kernels.ops.common.layer_gradients import LayerGradients, layer_gradients
-from convnext_kernels.ops.common.layouts import nothing, statistics_dtype
+from convnext_kernels.ops.common.layouts import from_channels_last, nothing, statistics_dtype, to_channels_last
 
 
 def fold(
@@ -153,6 +153,7 @@ class Steps:
         layer_scale, grn_weight and grn_bias, the parameters' in float32; `mlp`'s backward, `unfold`, that of the norm
         of x^ and that of the convolution, which also adds the gradient that came past the block.
         """
+        grad_output = from_channels_last(to_channels_last(grad_output))  # once for all that read it
         wants_input, wants_fold = any(wanted[:3]), any(wanted[3:6])
         wants_mlp = [wants_input, wants_fold, wants_fold or wanted[6], *wanted[7:]]
         grad_normalized, grad_weight1, grad_bias1, *others = self.mlp.backward(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.cuda_launch import (
     address,
+    as_float32,
     element_type,
     image_strides,
     images,
@@ -30,7 +31,7 @@ def _convolve(
 ) -> Tensor:
     rows, parameters = images(input), same_dtype(weight, bias)
     residual_rows = None if residual is None else to_channels_last(residual)
-    factor = None if drop_path_factor is None else drop_path_factor.float()
+    factor = as_float32(drop_path_factor)
     output = rows.new_empty(rows.shape)
     launch(
         "depthwise_conv_forward",
@@ -63,7 +64,7 @@ def _parameter_gradients(
     grad_output: Tensor, input: Tensor, size: int, drop_path_factor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     grads, rows = images(grad_output), images(input)
-    factor = None if drop_path_factor is None else drop_path_factor.float()
+    factor = as_float32(drop_path_factor)
     call = {"type": element_type(rows.dtype), "shape": rows.shape, "kernel_size": size}
     splits, channels = library().filter_gradient_splits(**call), rows.shape[-1]
     partials = rows.new_empty((splits, channels * (size * size + 1)), dtype=torch.float32)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.cuda_launch import (
     address,
+    as_float32,
     element_type,
     image_strides,
     images,
@@ -49,7 +50,7 @@ def _one_pass(
 ) -> Tensor:
     """The output; `convolved`, `mean` and `rstd` are filled where they are given."""
     parameters, norm_parameters = same_dtype(weight, bias), same_dtype(norm_weight, norm_bias)
-    factor = None if drop_path_factor is None else drop_path_factor.float()
+    factor = as_float32(drop_path_factor)
     output = rows.new_empty(rows.shape)
     launch(
         "depthwise_conv_layer_norm_forward",

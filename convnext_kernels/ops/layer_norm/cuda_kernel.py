@@ -6,6 +6,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.cuda_launch import (
     address,
+    as_float32,
     element_type,
     launch,
     library,
@@ -32,7 +33,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `forward`."""
     rows, parameters = to_channels_last(input), same_dtype(weight, bias)
-    factor = None if drop_path_factor is None else drop_path_factor.float()
+    factor = as_float32(drop_path_factor)
     channels = rows.shape[-1]
     tokens = rows.numel() // channels
     output = rows.new_empty(rows.shape)
@@ -69,7 +70,7 @@ def backward(
     drop_path_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's `backward`."""
-    factor = None if drop_path_factor is None else drop_path_factor.float()
+    factor = as_float32(drop_path_factor)
     grads, rows, parameters = to_channels_last(grad_output), to_channels_last(input), same_dtype(weight)
     channels = rows.shape[-1]
     call = {"type": element_type(rows.dtype), "tokens": rows.numel() // channels, "channels": channels}
