@@ -64,7 +64,7 @@ def layer_gradients(
     weight, grad = weight.contiguous(), torch.empty_like(product, memory_format=torch.contiguous_format)
     channels, others = product.shape[channel_axis], product.shape[1 - channel_axis]
     tiles = -(-channels // BLOCK), -(-others // BLOCK)
-    partial_dots = product.new_empty((2, tiles[1], channels))
+    scale_dots, shift_dots = (product.new_empty((tiles[1], channels)) for _ in range(2))
     launch(
         layer_gradients_kernel,
         tiles,
@@ -74,7 +74,8 @@ def layer_gradients(
         shift,
         sums,
         grad,
-        *partial_dots,
+        scale_dots,
+        shift_dots,
         channels,
         others,
         grad.stride(channel_axis),
@@ -83,5 +84,4 @@ def layer_gradients(
         BLOCK_O=BLOCK,
         warps=WARPS,
     )
-    scale_dots, shift_dots = partial_dots.sum(1)
-    return grad, scale_dots, shift_dots
+    return grad, scale_dots.sum(0), shift_dots.sum(0)
