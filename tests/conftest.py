@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import interpreter
 import pytest
 import torch
 from emulator import emulated
@@ -14,6 +15,7 @@ EMULATED = emulated.LIBRARY in os.environ
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.quicken()
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("support", "contract")
 

@@ -219,8 +219,8 @@ def width_case(width: int, grn: bool, hidden: int, size: int) -> Case:
 @pytest.mark.parametrize("grn", [False, True], ids=["V1", "V2"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_published_widths(width, grn, dtype):
-    """The interpreter is slow: wide blocks have few hidden channels and small filters."""
-    hidden, size = (4 * width, 7) if width <= 96 else (96, 3)
+    """The interpreter is slow: wide blocks have few hidden channels, and small filters where V1 has the same."""
+    hidden, size = (4 * width, 7) if width <= 96 else (96, 1 if grn else 3)
     assert_parity(width_case(width, grn, hidden, size), dtype, device_of("triton"), "triton")
 
 
