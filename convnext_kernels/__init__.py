@@ -1,6 +1,7 @@
 """ConvNeXt on fused kernels, forward and backward, for NVIDIA GPUs; see README.md."""
 
 from convnext_kernels import functional
+from convnext_kernels.accelerate import accelerate, restore
 from convnext_kernels.backends import use_backend
 from convnext_kernels.block import ConvNeXtBlock
 from convnext_kernels.build import __version__, build_info
@@ -12,11 +13,13 @@ __all__ = [
     "ConvNeXt",
     "ConvNeXtBlock",
     "__version__",
+    "accelerate",
     "build_info",
     "create_model",
     "explain",
     "functional",
     "list_models",
     "load_checkpoint",
+    "restore",
     "use_backend",
 ]

@@ -1,0 +1,171 @@
+"""A host's ConvNeXt block with our operator as its forward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from convnext_kernels import functional
+from convnext_kernels.accelerate.adapters import BlockAdapter
+from convnext_kernels.accelerate.swap import Swapped, as_host, autocast_dtype
+
+GRN_EPS = 1e-6
+"""Of the hosts whose response norm has it in its code rather than in an attribute."""
+
+
+class Parts(NamedTuple):
+    """A block's modules by the role they have; None: the block has none."""
+
+    conv: Any
+    norm: Any
+    linear1: Any
+    activation: Any
+    linear2: Any
+    grn: Any = None
+    drop_path: Any = None
+
+
+Structure = tuple[tuple[str, Any, Any], ...]
+"""Name, class and, in the same form, structure of each child of a module."""
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How our operator is called with what lies in a host's block.
+
+    Attributes:
+        adapter: where the parts lie.
+        paths: of each of `Parts`, split at the dots; None: there is none.
+        structure: the modules below the block when it was examined.
+        activation: "gelu" or "gelu_tanh".
+    """
+
+    adapter: BlockAdapter
+    paths: tuple[tuple[str, ...] | None, ...]
+    structure: Structure
+    activation: str
+
+    def parts(self, block: nn.Module) -> Parts:
+        return Parts(*(None if path is None else follow(block, path) for path in self.paths))
+
+
+def follow(module: Any, path: Sequence[str], *default: Any) -> Any:
+    """The attribute of attributes at a path; `default`, where given, if there is none."""
+    for name in path:
+        module = getattr(module, name, *default)
+    return module
+
+
+def structure_of(module: nn.Module) -> Structure:
+    children = module.named_children()
+    return tuple((name, type(child), structure_of(child)) for name, child in children)
+
+
+def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> str | None:
+    """What has come over the modules below one since it was examined that its host's forward would obey and ours would
+    not: hooks, other modules, other forwards. None: nothing."""
+    children = module._modules
+    for name, kind, below in structure:
+        child = children.get(name)
+        if child is None or type(child) is not kind:
+            return f"its `{prefix}{name}` is a {type(child).__name__} and was a {kind.__name__}"
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return f"hooks sit on its `{prefix}{name}`"
+        if "forward" in child.__dict__:
+            return f"the forward of its `{prefix}{name}` has been replaced"
+        if below and (change := change_below(child, below, f"{prefix}{name}.")):
+            return change
+    return None
+
+
+@cache
+def _warn_host_forward(name: str, change: str) -> None:
+    warnings.warn(f"an accelerated {name} runs its host's forward: {change}", stacklevel=2)
+
+
+class AcceleratedBlock(Swapped):
+    """A host's block with `functional.convnext_block` as its forward.
+
+    Parameters are read at every call, and so are the modules: while something has come over them that only the host's
+    forward would obey, that one runs, with one warning.
+    """
+
+    wiring: Wiring
+
+    def forward(self, input: Tensor | None = None, **named: Any) -> Tensor:
+        if input is None:
+            (input,) = named.values()
+        change = change_below(self, self.wiring.structure)
+        if change is not None:
+            _warn_host_forward(type(self).__name__, change)
+            return super().forward(input)
+        arguments = block_arguments(self, self.wiring, input)
+        adapter = self.wiring.adapter
+        if adapter.checkpoint and getattr(self, adapter.checkpoint, False) and self.training:
+            return checkpoint(run_block, input, arguments, self.chained, adapter.follows_input, use_reentrant=False)
+        return run_block(input, arguments, self.chained, adapter.follows_input)
+
+
+def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> dict[str, Any]:
+    """The arguments of `functional.convnext_block` out of a host's block, with drop path drawn as the host draws it."""
+    conv, norm, linear1, _, linear2, grn, drop_path = wiring.parts(block)
+    name = wiring.adapter.layer_scale
+    layer_scale = None if name is None else getattr(block, name, None)
+    weight, bias = wiring.adapter.grn_parameters
+    factor = None
+    if drop_path is not None and drop_path.training and drop_rate(drop_path):
+        factor = drop_path(branch_of_ones(input, layer_scale))
+    return {
+        "conv_weight": conv.weight,
+        "conv_bias": conv.bias,
+        "norm_weight": norm.weight,
+        "norm_bias": norm.bias,
+        "weight1": linear1.weight,
+        "bias1": linear1.bias,
+        "weight2": linear2.weight,
+        "bias2": linear2.bias,
+        "layer_scale": layer_scale,
+        "drop_path_factor": factor,
+        "grn_weight": None if grn is None else getattr(grn, weight),
+        "grn_bias": None if grn is None else getattr(grn, bias),
+        "dilation": conv.dilation[0],
+        "eps": norm.eps,
+        "grn_eps": getattr(grn, "eps", GRN_EPS),
+        "activation": wiring.activation,
+    }
+
+
+def drop_rate(drop_path: nn.Module) -> float:
+    """The probability that stochastic depth drops a sample, under the names that it has in the hosts."""
+    names = ("drop_prob", "p")
+    return next((getattr(drop_path, name) or 0.0 for name in names if hasattr(drop_path, name)), 0.0)
+
+
+@torch.fx.wrap
+def branch_of_ones(input: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """[N, 1, 1, 1] in the dtype that the host's branch has there, on which its random numbers depend."""
+    dtype = autocast_dtype(input) or input.dtype
+    if layer_scale is not None:
+        dtype = torch.promote_types(dtype, layer_scale.dtype)
+    return input.new_ones((input.shape[0], 1, 1, 1), dtype=dtype)
+
+
+@torch.fx.wrap
+def run_block(input: Tensor, arguments: Mapping[str, Any], chained: bool, follows_input: bool) -> Tensor:
+    """`functional.convnext_block` with a host's shapes of parameters, in the host's dtype and layout of the result."""
+    arguments = dict(arguments)
+    for name in ("weight1", "weight2"):
+        arguments[name] = arguments[name].flatten(1)
+    for name in ("layer_scale", "drop_path_factor", "grn_weight", "grn_bias"):
+        if arguments[name] is not None:
+            arguments[name] = arguments[name].flatten()
+    output = as_host(functional.convnext_block(input, **arguments), input, chained)
+    images = follows_input and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
+    return output.contiguous() if images else output

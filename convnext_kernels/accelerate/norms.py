@@ -1,0 +1,44 @@
+"""Layer norms over the channels of images, as hosts have them beside the stem's and the downsampling convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convnext_kernels import functional
+from convnext_kernels.accelerate.swap import Swapped, as_host
+
+CLASS_NAMES = ("LayerNorm", "LayerNorm2d", "LN2d")
+"""Endings of the names of classes that may be a layer norm over channels; which are is then examined."""
+
+
+class AcceleratedNorm(Swapped):
+    """A host's layer norm over channels with `functional.layer_norm` as its forward."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def forward(self, input: Tensor | None = None, **named: Any) -> Tensor:
+        if input is None:
+            (input,) = named.values()
+        return _normalise(input, self.weight, self.bias, self.eps, self.chained)
+
+
+@torch.fx.wrap
+def _normalise(input: Tensor, weight: Tensor, bias: Tensor, eps: float, chained: bool) -> Tensor:
+    return as_host(functional.layer_norm(input, weight, bias, eps=eps), input, chained)
+
+
+def may_be_norm(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether a module's class, parameters and place (beside a convolution) are those of such a norm."""
+    return (
+        type(module).__name__.endswith(CLASS_NAMES)
+        and type(module) is not nn.LayerNorm
+        and {name for name, parameter in module.named_parameters()} == {"weight", "bias"}
+        and all(parameter.dim() == 1 for parameter in module.parameters())
+        and isinstance(getattr(module, "eps", None), float)
+        and any(isinstance(sibling, nn.Conv2d) for sibling in parent.children())
+    )

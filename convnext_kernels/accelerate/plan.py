@@ -1,0 +1,76 @@
+"""Which modules of a model can be swapped, found before any is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from convnext_kernels.accelerate.adapters import BlockAdapter
+from convnext_kernels.accelerate.blocks import AcceleratedBlock
+from convnext_kernels.accelerate.examine import examine_block, find_adapter, outside_reason
+from convnext_kernels.accelerate.norms import AcceleratedNorm, may_be_norm
+from convnext_kernels.accelerate.probe import TOLERANCE, block_difference, norm_difference, plain_attributes
+from convnext_kernels.accelerate.swap import Swapped
+
+Filter = Callable[[str, nn.Module], bool]
+
+ALREADY = "it is accelerated already"
+
+
+class Step(NamedTuple):
+    """One swap to be made.
+
+    Attributes:
+        module: what is swapped.
+        kind: the class whose forward it gets.
+        wiring: what that forward needs to know of the host.
+        host: library and class, for the report.
+    """
+
+    module: nn.Module
+    kind: type[Swapped]
+    wiring: Any
+    host: str
+
+
+def plan_blocks(model: nn.Module, filter: Filter | None) -> Iterator[tuple[str, Step | str]]:
+    """For each ConvNeXt block the swap, or the reason against it."""
+    differences: dict[Any, float] = {}
+    for name, module in model.named_modules():
+        adapter, outside = find_adapter(module), outside_reason(module)
+        if adapter is None and outside is None:
+            continue
+        if filter is not None and not filter(name, module):
+            yield name, "the filter left it out"
+        elif isinstance(module, Swapped):
+            yield name, ALREADY
+        elif adapter is None:
+            yield name, str(outside)
+        else:
+            yield name, _plan_block(module, adapter, differences)
+
+
+def _plan_block(block: nn.Module, adapter: BlockAdapter, differences: dict[Any, float]) -> Step | str:
+    wiring = examine_block(block, adapter)
+    if isinstance(wiring, str):
+        return wiring
+    key = type(block), wiring, plain_attributes(block)
+    if key not in differences:
+        differences[key] = block_difference(block, wiring)
+    if differences[key] > TOLERANCE:
+        return f"its branch differs from ours by {differences[key]:.1e} on random parameters"
+    return Step(block, AcceleratedBlock, wiring, f"{adapter.library} {type(block).__name__}")
+
+
+def plan_norms(model: nn.Module, blocks: Mapping[str, Step], filter: Filter | None) -> Iterator[tuple[str, Step]]:
+    """The layer norms outside of blocks that ours can take the place of."""
+    inside = {id(module) for step in blocks.values() for module in step.module.modules()}
+    for prefix, parent in model.named_modules():
+        for name, module in parent.named_children():
+            path = f"{prefix}.{name}" if prefix else name
+            if id(module) in inside or isinstance(module, Swapped) or not may_be_norm(module, parent):
+                continue
+            if (filter is None or filter(path, module)) and norm_difference(module) <= TOLERANCE:
+                yield path, Step(module, AcceleratedNorm, None, type(module).__name__)

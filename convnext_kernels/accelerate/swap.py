@@ -1,0 +1,91 @@
+"""Swapping a module's class for a subclass with another forward, and back."""
+
+from __future__ import annotations
+
+import types
+from typing import Any, ClassVar, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+
+from convnext_kernels.ops.common.checks import AUTOCAST_DEVICES
+
+
+class Swapped(nn.Module):
+    """A module of a host library whose forward is ours. All else stays the host's: the module tree, parameters and
+    their names, the class for isinstance and its name, attributes, hooks on the module itself.
+
+    Attributes:
+        kind: the class here that has the forward.
+        host_class: the class that the module had.
+        wiring: what the forward needs to know of the host.
+        chained: under autocast the result keeps the 16-bit dtype, because another of our modules or a convolution
+            takes it next; otherwise it is float32, as the host's is.
+    """
+
+    kind: ClassVar[type[Swapped]]
+    host_class: ClassVar[type[nn.Module]]
+    wiring: Any
+    chained: bool
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _empty, (self.kind, self.host_class), *reduced[2:]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"torch.jit.script cannot read the forward of an accelerated {type(self).__name__}; accepted:"
+            " torch.jit.trace, torch.export, torch.compile, or convnext_kernels.restore(model) before scripting"
+        )
+
+
+_CLASSES: dict[Any, type[Swapped]] = {}
+
+
+def swapped_class(kind: type[Swapped], host_class: type[nn.Module]) -> type[Swapped]:
+    """The host's class, under its own name, with the forward of `kind` in front; one for each pair."""
+    if (kind, host_class) not in _CLASSES:
+        copied = {name: getattr(host_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+        body = {**copied, "kind": kind, "host_class": host_class}
+        _CLASSES[kind, host_class] = types.new_class(
+            host_class.__name__, (kind, host_class), exec_body=lambda names: names.update(body)
+        )
+    return _CLASSES[kind, host_class]
+
+
+def _empty(kind: type[Swapped], host_class: type[nn.Module]) -> Swapped:
+    """A swapped module without state, for copies and pickles to fill."""
+    return swapped_class(kind, host_class).__new__(swapped_class(kind, host_class))
+
+
+def swap(module: nn.Module, kind: type[Swapped], wiring: Any = None) -> Swapped:
+    """Gives a module the forward of `kind`; returns the module."""
+    swapped = cast(Swapped, module)
+    swapped.__class__ = swapped_class(kind, type(module))
+    swapped.__dict__.update(wiring=wiring, chained=False)
+    return swapped
+
+
+def unswap(module: Swapped) -> None:
+    """Gives a module its own class back, whose forward and attributes it then has."""
+    module.__class__ = module.host_class  # type: ignore[assignment]
+    del module.__dict__["wiring"], module.__dict__["chained"]
+
+
+def wrapper_of(module: Swapped) -> str | None:
+    """The name of the class that something, such as FSDP, has put around the swapped one since."""
+    cls = type(module)
+    return None if cls is swapped_class(cls.kind, cls.host_class) else cls.__name__
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to these activations; None where it is off."""
+    device = input.device.type
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def as_host(output: Tensor, input: Tensor, chained: bool) -> Tensor:
+    """The result in the dtype in which the host has it under autocast, unless ours follow."""
+    return output if chained or autocast_dtype(input) is None else output.float()
