@@ -38,8 +38,10 @@ except (ImportError, RuntimeError):  # RuntimeError: of a torchvision that does 
 FORWARD, BACKWARD = "forward", "forward + backward"
 TIMM = "timm eager"
 DTYPES = {name: parity.DTYPES[name] for name in ("bfloat16", "float16")}
-SIZES = {96: 56, 192: 28, 384: 14, 768: 7}
-"""The height and width of the maps at 224 px, by the channels of ConvNeXt-T's stages."""
+SIZES = {96: 56, 192: 28, 384: 14, 768: 7, 128: 56, 256: 28, 512: 14, 1024: 7, 1536: 7, 2048: 7}
+"""The height and width of the maps at 224 px by channels: ConvNeXt-T's stages, and the other widths up to XL."""
+
+DEFAULT_WIDTHS = ["96", "192", "384", "768"]
 
 BATCH, RESOLUTION, ROUNDS = 256, 224, 12
 SECONDS = {(FORWARD, False): 5, (BACKWARD, False): 12, (FORWARD, True): 14, (BACKWARD, True): 22}
@@ -250,7 +252,7 @@ def choose_cases(options: argparse.Namespace) -> list[Case | Step]:
     modes = names("--mode", options.mode, MODES, MODES)
     dtypes = names("--dtype", options.dtype, DTYPES, ["bfloat16"])
     sizes = {str(channels): size for channels, size in SIZES.items()}
-    widths = names("--channels", options.channels, sizes, list(sizes))
+    widths = names("--channels", options.channels, sizes, [width for width in DEFAULT_WIDTHS if width in sizes])
     batch, step_batch = at_least("--batch", options.batch, 1), at_least("--step-batch", options.step_batch, 1)
     eager, compiled = (
         [
@@ -272,7 +274,9 @@ def seconds(case: Case | Step, rounds: int) -> float:
 def _parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.block", description=description)
-    parser.add_argument("--channels", nargs="+", metavar="C", help=f"({' '.join(map(str, SIZES))})")
+    parser.add_argument(
+        "--channels", nargs="+", metavar="C", help=f"{', '.join(map(str, SIZES))} ({' '.join(DEFAULT_WIDTHS)})"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, metavar="N", help="images of a block (%(default)d)")
     parser.add_argument("--step-batch", type=int, default=128, metavar="N", help="of a training step (%(default)d)")
     parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"{', '.join(DTYPES)} (bfloat16)")

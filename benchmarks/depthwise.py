@@ -35,13 +35,14 @@ from benchmarks.timing import (
 )
 from convnext_kernels import parity
 from convnext_kernels.cli.errors import CommandError, at_least, names, writable
-from convnext_kernels.cli.measure import rotation
+from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
 from convnext_kernels.cli.output import console
 
 COPY, PYTORCH = "copy", "PyTorch"
 OURS = ("cuda", "triton")
 BATCHES = (64, 256)
 ROUNDS, QUICK_ROUNDS = 30, 5
+SETUP_SECONDS = 2
 KERNEL_SIZE, EPS = 7, 1e-6
 
 
@@ -320,8 +321,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"{', '.join(parity.DTYPES)} (bfloat16)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"{', '.join(OPERATIONS)} (all)")
     parser.add_argument("--quick", action="store_true", help=f"one batch, {QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="N", help="begin nothing that would end later (no limit)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number, the machine and the versions")
     return parser
+
+
+def seconds(rounds: int) -> float:
+    """What a case is expected to take: samples, and compiling, drawing, checking and warming up."""
+    return SETUP_SECONDS + rounds * (2 + len(OURS)) * SAMPLE_MILLISECONDS / 1e3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -340,7 +349,10 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [Case(*case) for case in product(only, dtypes, batches, SHAPES)]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     head = header(device, rounds=rounds)
-    rows, unmeasured = measure_all(cases, lambda case: measure_case(case, device, rounds), asdict, head, path)
+    rows, unmeasured = measure_all(
+        *(cases, lambda case: measure_case(case, device, rounds), asdict, head, path),
+        *(lambda case: seconds(rounds), options.minutes),
+    )
     return report(rows, unmeasured)
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.timing import PARITY_FAILED, Measured, failure_of, fair, find_gpu, header
 from convnext_kernels.cli.errors import CommandError, at_least, writable
-from convnext_kernels.cli.output import console, to_json, write_json
+from convnext_kernels.cli.output import console, save_json, write_json
 
 Case = TypeVar("Case")
 
@@ -153,7 +153,7 @@ def measure_all(
             except Exception as error:  # the other cases' results count all the same
                 unmeasured[str(case)] = failure_of(error)
             if path is not None:
-                path.write_text(to_json(content(head, rows, unmeasured, as_dict)) + "\n", encoding="utf-8")
+                save_json(path, content(head, rows, unmeasured, as_dict))
     if path is not None:
         write_json(path, content(head, rows, unmeasured, as_dict))
     return rows, unmeasured

@@ -299,7 +299,7 @@ def test_without_a_gpu_counts_and_targets(tmp_path, monkeypatch, capsys):
         (["--batch", "0"], "--batch: got 0"),
         (["--step-batch", "0"], "--step-batch: got 0"),
         (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
-        (["--channels", "100"], "--channels: got '100'; accepted: 96, 192, 384, 768"),
+        (["--channels", "100"], "--channels: got '100'; accepted: 96, 192, 384, 768, 128"),
         (["--dtype", "float32"], "--dtype: got 'float32'; accepted: bfloat16, float16"),
         (["--mode", "inference"], "--mode: got 'inference'; accepted: forward, backward, step"),
         (["--json", "/no/such/folder/file"], "--json: cannot write"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -26,7 +25,18 @@ from convnext_kernels.cli.images import Photographs, crop_batch, load_photograph
 from convnext_kernels.cli.machine import device_name, find_device, provenance
 from convnext_kernels.cli.measure import Timing, Work, measure, peak_memory
 from convnext_kernels.cli.output import console, write_json
-from convnext_kernels.cli.tasks import COMPILED, EAGER, MODES, OURS, Parity, Task, check_parity, parity_failure, tasks
+from convnext_kernels.cli.tasks import (
+    COMPILED,
+    EAGER,
+    MODES,
+    OURS,
+    Parity,
+    Task,
+    check_parity,
+    full_float32,
+    parity_failure,
+    tasks,
+)
 from convnext_kernels.model import list_models
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -207,18 +217,6 @@ def run_tasks(options: Options, photographs: Photographs) -> list[Row]:
                 done += 1
                 progress.update(bar, completed=done)
     return rows
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Within the context float32 is float32; by default PyTorch rounds to TF32 in convolutions, not in products."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _cells(row: Row) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,17 @@ def to_json(content: Any) -> str:
     return json.dumps(_finite(content), indent=2, allow_nan=False)
 
 
+def save_json(path: Path, content: Any) -> None:
+    """Writes strict JSON in one step: whoever reads or interrupts finds the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(to_json(content) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes strict JSON and says so on stderr."""
-    path.write_text(to_json(content) + "\n", encoding="utf-8")
+    """`save_json`, and says so on stderr."""
+    save_json(path, content)
     print(f"wrote {path}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +22,9 @@ MODES = ("inference", "training", "block")
 
 FLOAT32_LIMIT = 1e-4
 """Relative difference from eager in float32: sums in another order, through up to 36 blocks."""
+
+TF32_EPS = 2.0**-10
+"""TF32 keeps ten bits behind the first."""
 
 FLOAT16_LOSS_SCALE = 4096.0
 """Gradients of a mean over a batch underflow in float16; AdamW's step does not depend on a constant factor."""
@@ -114,6 +118,18 @@ class Parity:
         return self.error <= self.limit
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the context float32 is float32; by default PyTorch rounds to TF32 in convolutions, not in products."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def relative_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """Root mean square, over the tensors, of ||actual - expected|| / ||expected||."""
     squares = [
@@ -123,21 +139,23 @@ def relative_difference(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def check_parity(task: Task, modules: Mapping[str, nn.Module]) -> list[Parity]:
-    """Compares ours with eager in float32; in 16 bits both with the float32 reference.
+    """Compares ours with eager in float32; in TF32 and 16 bits both with the float32 reference.
 
-    Ours may be off by 1e-4 in float32, and in 16 bits by 1.5 times what eager is off plus one unit in the last place.
+    Ours may be off by 1e-4 in float32, in the others by 1.5 times what eager is off plus one unit in the last place.
     """
     ours, eager = (task.results(modules[name], task.inputs) for name in (OURS, EAGER))
-    if task.dtype == torch.float32:
+    tf32 = task.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    if task.dtype == torch.float32 and not tf32:
         return [
             Parity(tensors, relative_difference(ours[tensors], eager[tensors]), None, FLOAT32_LIMIT) for tensors in ours
         ]
     exact_task = replace(task, dtype=torch.float32)
-    exact = exact_task.results(exact_task.contender(task.reference), task.inputs.float())
+    with full_float32():
+        exact = exact_task.results(exact_task.contender(task.reference), task.inputs.float())
     checks = []
     for tensors, expected in exact.items():
         eager_error = relative_difference(eager[tensors], expected)
-        limit = 1.5 * eager_error + torch.finfo(task.dtype).eps
+        limit = 1.5 * eager_error + (TF32_EPS if tf32 else torch.finfo(task.dtype).eps)
         checks.append(Parity(tensors, relative_difference(ours[tensors], expected), eager_error, limit))
     return checks
 
