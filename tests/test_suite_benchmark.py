@@ -95,7 +95,7 @@ def test_an_interrupted_run_keeps_what_it_has(number, run, tmp_path, capfd):
         path, patience = tmp_path / "record.json", time.monotonic() + 20
         while not seen and time.monotonic() < patience:
             time.sleep(0.05)
-            seen.extend(path.exists() and json.loads(path.read_text())["parts"]["1 hangs"]["results"] or ())
+            seen.extend((path.exists() and json.loads(path.read_text())["parts"]["1 hangs"]["results"]) or ())
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
