@@ -85,22 +85,27 @@ def refuse(row: dict[str, Any], operators: frozenset[str], failed: dict[str, str
     return {**row, "figures": figures, "refused": f"parity failed in this run, {'; '.join(reasons)}"}
 
 
-def _is_record(content: Any) -> bool:
-    """Whether what the readers rely on is there."""
-    parts = content.get("parts")
-    return isinstance(parts, dict) and all(
-        isinstance(part, dict)
-        and isinstance(part.get("state"), str)
-        and isinstance(part.get("results"), list)
-        and all(
-            isinstance(row, dict)
-            and isinstance(row.get("case"), dict)
-            and isinstance(row.get("contender"), str)
-            and isinstance(row.get("figures"), dict)
-            for row in part["results"]
-        )
-        for part in parts.values()
-    )
+def _is_time(row: dict[str, Any]) -> bool:
+    """Whether a time is missing, or a number with its quartiles."""
+    if row.get("milliseconds") is None:
+        return True
+    quartiles = row.get("quartiles")
+    times = [row["milliseconds"], *(quartiles if isinstance(quartiles, list) else ())]
+    return len(times) == 3 and all(isinstance(time, int | float) for time in times)
+
+
+def _is_result(row: Any) -> bool:
+    kinds = {"case": dict, "contender": str, "figures": dict}
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), of) for key, of in kinds.items()):
+        return False
+    figures = row["figures"].values()
+    return _is_time(row) and all(isinstance(figure, dict) and "value" in figure for figure in figures)
+
+
+def _is_part(part: Any) -> bool:
+    kinds = {"state": str, "results": list}
+    well_formed = isinstance(part, dict) and all(isinstance(part.get(key), of) for key, of in kinds.items())
+    return well_formed and all(map(_is_result, part["results"]))
 
 
 def load(path: Path) -> Record:
@@ -115,7 +120,8 @@ def load(path: Path) -> Record:
         raise CommandError(f"{path}: was not written by python -m benchmarks")
     if content.get("format") != FORMAT:
         raise CommandError(f"{path}: has format {content.get('format')!r}; accepted: {FORMAT}")
-    if not _is_record(content):
+    parts = content.get("parts")
+    if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
         raise CommandError(f"{path}: is damaged: parts or results are missing")
     return content
 
