@@ -49,8 +49,8 @@ def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
     blocks = dict(plan_blocks(model, filter))
     skipped = {name: reason for name, reason in blocks.items() if isinstance(reason, str)}
     plan = {name: step for name, step in blocks.items() if isinstance(step, Step)}
-    if plan:
-        plan.update(plan_norms(model, plan, filter))
+    if plan or ALREADY in skipped.values():
+        plan.update(plan_norms(model, blocks, filter))
     _carry_out(plan.values())
     _chain(model)
     report = Report(tuple(plan), skipped, {name: step.host for name, step in plan.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -64,9 +64,9 @@ def _plan_block(block: nn.Module, adapter: BlockAdapter, differences: dict[Any, 
     return Step(block, AcceleratedBlock, wiring, f"{adapter.library} {type(block).__name__}")
 
 
-def plan_norms(model: nn.Module, blocks: Mapping[str, Step], filter: Filter | None) -> Iterator[tuple[str, Step]]:
-    """The layer norms outside of blocks that ours can take the place of."""
-    inside = {id(module) for step in blocks.values() for module in step.module.modules()}
+def plan_norms(model: nn.Module, blocks: Iterable[str], filter: Filter | None) -> Iterator[tuple[str, Step]]:
+    """The layer norms that ours can take the place of, outside of the blocks, whose names are given."""
+    inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
     for prefix, parent in model.named_modules():
         for name, module in parent.named_children():
             path = f"{prefix}.{name}" if prefix else name
