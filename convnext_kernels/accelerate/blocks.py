@@ -108,7 +108,7 @@ class AcceleratedBlock(Swapped):
             return super().forward(input)
         arguments = block_arguments(self, self.wiring, input)
         adapter = self.wiring.adapter
-        if adapter.checkpoint and getattr(self, adapter.checkpoint, False) and self.training:
+        if adapter.checkpoint and getattr(self, adapter.checkpoint, False) and input.requires_grad:
             return checkpoint(run_block, input, arguments, self.chained, adapter.follows_input, use_reentrant=False)
         return run_block(input, arguments, self.chained, adapter.follows_input)
 

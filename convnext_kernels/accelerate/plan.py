@@ -57,9 +57,12 @@ def _plan_block(block: nn.Module, adapter: BlockAdapter, differences: dict[Any, 
     if isinstance(wiring, str):
         return wiring
     key = type(block), wiring, plain_attributes(block)
-    if key not in differences:
-        differences[key] = block_difference(block, wiring)
-    if differences[key] > TOLERANCE:
+    try:
+        if key not in differences:
+            differences[key] = block_difference(block, wiring)
+    except Exception as error:
+        return f"its host's forward failed on a copy with random parameters: {type(error).__name__}: {error}"
+    if not differences[key] <= TOLERANCE:
         return f"its branch differs from ours by {differences[key]:.1e} on random parameters"
     return Step(block, AcceleratedBlock, wiring, f"{adapter.library} {type(block).__name__}")
 
@@ -72,5 +75,12 @@ def plan_norms(model: nn.Module, blocks: Iterable[str], filter: Filter | None) -
             path = f"{prefix}.{name}" if prefix else name
             if id(module) in inside or isinstance(module, Swapped) or not may_be_norm(module, parent):
                 continue
-            if (filter is None or filter(path, module)) and norm_difference(module) <= TOLERANCE:
+            if (filter is None or filter(path, module)) and _is_norm_over_channels(module):
                 yield path, Step(module, AcceleratedNorm, None, type(module).__name__)
+
+
+def _is_norm_over_channels(module: nn.Module) -> bool:
+    try:
+        return norm_difference(module) <= TOLERANCE
+    except Exception:  # one over the last dimension, say, cannot take images
+        return False

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from small import BLOCKS, build
+from small import BLOCKS, NORMS, build
 from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -128,6 +128,18 @@ class AnotherEps(HOST):
             self.norm.eps = eps
 
 
+class NeedsMore(HOST):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+def test_a_block_that_takes_more_than_images():
+    model = build()
+    model.get_submodule(CHANGED).__class__ = NeedsMore
+    reason = accelerate(model).skipped[CHANGED]
+    assert reason.startswith("its host's forward failed on a copy with random parameters: TypeError: ")
+
+
 @pytest.mark.parametrize("cls", [WithoutSkip, NormAfter, AnotherEps])
 def test_a_block_built_alike_that_computes_something_else(cls):
     model = build()
@@ -210,10 +222,13 @@ def test_a_norm_that_is_no_layer_norm_is_left():
     class LayerNorm2d(nn.GroupNorm):
         pass
 
+    class LayerNorm(nn.LayerNorm):
+        """Over the last dimension."""
+
     model = build()
-    model.stem[1] = LayerNorm2d(4, 16)
+    model.stem[1], model.stages[1].downsample[0] = LayerNorm2d(4, 16), LayerNorm(16)
     report = accelerate(model)
-    assert "stem.1" not in report.converted and "stages.1.downsample.0" in report.converted
+    assert set(report.converted) == {*BLOCKS, *NORMS} - {"stem.1", "stages.1.downsample.0"}
 
 
 def test_norms_of_a_model_without_blocks_are_left():

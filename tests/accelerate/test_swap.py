@@ -86,6 +86,11 @@ class TestTree:
         assert accelerate(block).converted == ("",)
         assert operators(block, torch.randn(1, 16, 3, 5)) == {BLOCK: 1}
 
+    def test_the_input_may_be_named_as_the_host_names_it(self, pair):
+        x = torch.randn(1, 16, 3, 5)
+        for name in ("stages.0.blocks.0", "stem.1"):
+            assert difference(pair[1].get_submodule(name)(x=x), pair[0].get_submodule(name)(x=x)) <= TOLERANCE
+
     def test_a_filter_is_asked_for_blocks_and_norms(self):
         model = build()
         report = accelerate(model, filter=lambda name, module: name.startswith("stages.1") and "blocks.1" not in name)
@@ -112,18 +117,22 @@ class TestTree:
             accelerate({})
 
     def test_a_failure_midway_leaves_the_model_as_it_was(self):
-        class Stubborn(nn.Module):
-            def __init_subclass__(cls):
-                raise RuntimeError("no subclasses")
-
         model = build()
-        last = model.stages[3].blocks[0]
-        host_class = type(last)
-        last.__class__ = type("Block", (host_class,), {"__init_subclass__": Stubborn.__init_subclass__})
-        classes = [type(module) for module in model.modules()]
-        with pytest.raises(RuntimeError, match="no subclasses"):
+        host_class = type(model.stages[0].blocks[0])
+
+        class Locked(host_class):
+            def __setattr__(self, name, value):
+                if name == "__class__" and self.locks:
+                    raise RuntimeError("locked")
+                super().__setattr__(name, value)
+
+        for name in BLOCKS:
+            block = model.get_submodule(name)
+            block.__class__ = Locked
+            block.__dict__["locks"] = [1] if name == BLOCKS[-1] else []
+        with pytest.raises(RuntimeError, match="locked"):
             accelerate(model)
-        assert [type(module) for module in model.modules()] == classes
+        assert {type(model.get_submodule(name)) for name in BLOCKS} == {Locked}
         assert not any("wiring" in vars(module) for module in model.modules())
 
     def test_report(self, pair):
