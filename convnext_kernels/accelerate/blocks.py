@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ class Parts(NamedTuple):
     conv: Any
     norm: Any
     linear1: Any
-    activation: Any
     linear2: Any
     grn: Any = None
     drop_path: Any = None
@@ -53,13 +52,12 @@ class Wiring:
     activation: str
 
     def parts(self, block: nn.Module) -> Parts:
-        return Parts(*(None if path is None else follow(block, path) for path in self.paths))
+        return Parts(*[None if path is None else _module_at(block, path) for path in self.paths])
 
 
-def follow(module: Any, path: Sequence[str], *default: Any) -> Any:
-    """The attribute of attributes at a path; `default`, where given, if there is none."""
+def _module_at(module: Any, path: tuple[str, ...]) -> Any:
     for name in path:
-        module = getattr(module, name, *default)
+        module = module._modules[name]  # a third of what getattr takes, and this is done at every call
     return module
 
 
@@ -115,7 +113,7 @@ class AcceleratedBlock(Swapped):
 
 def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> dict[str, Any]:
     """The arguments of `functional.convnext_block` out of a host's block, with drop path drawn as the host draws it."""
-    conv, norm, linear1, _, linear2, grn, drop_path = wiring.parts(block)
+    conv, norm, linear1, linear2, grn, drop_path = wiring.parts(block)
     name = wiring.adapter.layer_scale
     layer_scale = None if name is None else getattr(block, name, None)
     weight, bias = wiring.adapter.grn_parameters

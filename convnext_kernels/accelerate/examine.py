@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convnext_kernels.accelerate.adapters import ADAPTERS, OUTSIDE, BlockAdapter
-from convnext_kernels.accelerate.blocks import Parts, Wiring, change_below, follow, structure_of
+from convnext_kernels.accelerate.blocks import Parts, Wiring, change_below, structure_of
 from convnext_kernels.reference import GELU_APPROXIMATIONS
 
 PASSIVE = ("Identity", "Permute")
@@ -30,11 +30,14 @@ def _agrees(module: nn.Module, adapter: BlockAdapter) -> bool:
     if adapter.class_name is not None and adapter.class_name not in names:
         return False
     required = (adapter.conv, adapter.norm, adapter.linear1, adapter.activation, adapter.linear2)
-    return all(_has(module, path) for path in required)
+    return all(_attribute(module, path) is not None for path in required)
 
 
-def _has(module: Any, path: str) -> bool:
-    return follow(module, path.split("."), None) is not None
+def _attribute(module: Any, path: str) -> Any:
+    """What lies at a path of attributes; None: nothing."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def outside_reason(module: nn.Module) -> str | None:
@@ -44,9 +47,9 @@ def outside_reason(module: nn.Module) -> str | None:
 
 def examine_block(block: nn.Module, adapter: BlockAdapter) -> Wiring | str:
     """How to run a host's block, or the reason why ours cannot take its place."""
-    fields = (getattr(adapter, role) for role in Parts._fields)
-    paths = tuple(tuple(path.split(".")) if path and _has(block, path) else None for path in fields)
-    activation = activation_name(follow(block, adapter.activation.split(".")))
+    roles = (getattr(adapter, role) for role in Parts._fields)
+    paths = tuple(tuple(path.split(".")) if path and _attribute(block, path) is not None else None for path in roles)
+    activation = activation_name(_attribute(block, adapter.activation))
     wiring = Wiring(adapter, paths, structure_of(block), activation or "unknown")
     return next(_reasons(block, wiring), wiring)
 
@@ -66,7 +69,8 @@ def _reasons(block: nn.Module, wiring: Wiring) -> Iterator[str]:
     if not isinstance(getattr(parts.norm, "eps", None), float) or not hasattr(parts.norm, "bias"):
         yield f"its `{adapter.norm}` is a {type(parts.norm).__name__}; accepted: a layer norm"
     if wiring.activation not in GELU_APPROXIMATIONS:
-        yield f"its `{adapter.activation}` is a {type(parts.activation).__name__}; accepted: GELU, exact or by tanh"
+        kind = type(_attribute(block, adapter.activation)).__name__
+        yield f"its `{adapter.activation}` is a {kind}; accepted: GELU, exact or by tanh"
     if parts.drop_path is not None and not _is_drop_path(parts.drop_path):
         yield f"its `{adapter.drop_path}` is a {type(parts.drop_path).__name__}; accepted: stochastic depth by sample"
     yield from _surplus(block, wiring)
@@ -119,6 +123,7 @@ def _is_drop_path(module: nn.Module) -> bool:
 def _surplus(block: nn.Module, wiring: Wiring) -> Iterator[str]:
     """Modules and parameters of a block that our operator would pass over."""
     used = [".".join(path) for path in wiring.paths if path is not None]
+    used.append(wiring.adapter.activation)
     for name, module in block.named_modules():
         related = any(f"{name}.".startswith(f"{path}.") or f"{path}.".startswith(f"{name}.") for path in used)
         idle = type(module).__name__ in PASSIVE or (isinstance(module, nn.Dropout) and module.p == 0)
