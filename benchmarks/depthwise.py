@@ -179,6 +179,11 @@ class Case:
         """Those that pass through memory if every image does so once; parameters and statistics are not counted."""
         return self.of.moved * self.elements * parity.DTYPES[self.dtype].itemsize
 
+    @property
+    def flops(self) -> int:
+        """Of the convolution; those of a norm are not counted."""
+        return 2 * KERNEL_SIZE**2 * self.elements if self.operation != "layer_norm_backward" else 0
+
     def draw(self, device: torch.device, seed: int) -> dict[str, Tensor]:
         """Random arguments, and two buffers that a copy of as many bytes runs between."""
         dtype, channels = parity.DTYPES[self.dtype], self.shape.channels
@@ -208,6 +213,7 @@ class Row:
     size: int
     contender: str
     bytes: int
+    flops: int
     milliseconds: float | None = None
     quartiles: tuple[float, float] | None = None
     samples: list[float] | None = None
@@ -241,7 +247,16 @@ def _rows_of(case: Case, measured: Measured) -> Iterator[Row]:
     for contender in (COPY, PYTORCH, *OURS):
         failure = measured.failures.get(contender)
         empty = Row(
-            *(case.operation, case.dtype, case.batch, case.shape.channels, case.shape.size, contender, case.bytes),
+            *(
+                case.operation,
+                case.dtype,
+                case.batch,
+                case.shape.channels,
+                case.shape.size,
+                contender,
+                case.bytes,
+                case.flops,
+            ),
             failure=failure,
         )
         if failure is not None:

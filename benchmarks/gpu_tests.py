@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.machine_code import ROOT
+from benchmarks.readme import ROOT
 from convnext_kernels.cli.errors import CommandError, writable
 from convnext_kernels.cli.output import save_json
 from convnext_kernels.functional import OPERATORS

@@ -53,7 +53,7 @@ def depthwise_results(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
             Figure("speedup over PyTorch", row["over_pytorch"], targets[1]),
         )
         case = {"mode": row["operation"], **{key: row[key] for key in ("dtype", "batch", "channels", "size")}}
-        kept = {key: row.get(key) for key in (*MEASURED, "bytes", "contender")}
+        kept = {key: row.get(key) for key in (*MEASURED, *COUNTED, "contender")}
         yield {"case": case, **kept, "figures": figures}
 
 

@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.machine_code import ROOT
+from benchmarks import report
 from benchmarks.parts import PARTS, Part
+from benchmarks.readme import ROOT
 from benchmarks.record import FORMAT, KIND, Record, is_ours, refuse, rows
 from benchmarks.timing import clocks, find_gpu, header
 from convnext_kernels.cli.errors import CommandError, names, writable
@@ -265,4 +266,6 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     code = run.measure_all()
     kept = sum(1 for _ in rows(run.record))
     print(f"{run.record['state']}: {kept} results in {path}\n{summary(run.record)}", flush=True)
+    if code == 0:
+        report.write(run.record, path.with_suffix(".html"), path.with_suffix(""))
     return code

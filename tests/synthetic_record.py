@@ -48,12 +48,13 @@ def of_models(arguments: list[str]) -> Iterator[dict[str, Any]]:
         flops = sum(16 * depth * width**2 * 49 * (16 if variant.isotropic else 1) for depth, width in stages)
         flops *= case.batch * (case.resolution / 224) ** 2 * (3 if case.mode == models.STEP else 1)
         flops *= 8 if case.dtype == models.TF32 else 4
-        contenders = [name for name in case.contenders if "torchvision" not in name or not variant.use_grn]
+        contenders = [name for name in case.contenders if "torchvision" not in name or case.model in TORCHVISION]
         memory = case.batch * sum(variant.depths) * variant.dims[0] * 56**2 * 40
         times = measured(contenders, flops / FLOPS_PER_MS + 0.4, memory, str(case))
         yield from (row.as_dict() for row in models.rows_of(case, times))
 
 
+TORCHVISION = ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")
 TUNED_MODELS = ("convnext_tiny", "convnext_base")
 
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from benchmarks import gpu_tests, library, parts, record, suite
 from benchmarks.parts import PARTS, Part, _on_a_cpu
 from benchmarks.suite import main
@@ -80,6 +81,8 @@ def test_without_a_gpu_the_cpu_part_runs(tmp_path, capfd, monkeypatch):
     }
     assert ours["milliseconds"] > 0 and ours["figures"]["speedup over PyTorch eager"]["value"] > 0
     assert "speedup over PyTorch eager" not in eager["figures"] and eager["peak_bytes"] > 0
+    assert "speedup over PyTorch eager" in path.with_suffix(".html").read_text()
+    assert path.with_suffix("").joinpath("speedups.png").is_file()
     printed = capfd.readouterr().out
     assert "cpu: a tiny model (at most 8.0 minutes)" in printed
     left_out = "left out: library, parity, ceilings, depthwise, mlp, blocks, models, compiled (needs an NVIDIA GPU"
