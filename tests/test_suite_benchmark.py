@@ -71,11 +71,11 @@ def test_without_a_gpu_the_cpu_part_runs(tmp_path, capfd, monkeypatch):
     tiny = ("--model", "convnext_atto", "--mode", "inference", "--batch-size", "1", "--resolution", "32", "--runs", "1")
     for_a_gpu = [part for part in PARTS if part.gpu]
     path = tmp_path / "new folder" / "record.json"
-    assert main(["--json", str(path)], [*for_a_gpu, _on_a_cpu("cpu", "a tiny model", 1, *tiny)]) == 0
+    assert main(["--json", str(path)], [*for_a_gpu, _on_a_cpu("cpu_models", "a tiny model", 1, *tiny)]) == 0
     content = record.load(path)
     assert content["state"] == "complete" and content["gpu"] is False
     assert states(content) == [*["left out"] * len(for_a_gpu), "done"]
-    ours, eager = content["parts"]["cpu"]["results"]
+    ours, eager = content["parts"]["cpu_models"]["results"]
     assert ours["case"] == {
         **{"mode": "inference", "model": "convnext_atto", "dtype": "float32", "batch": 1, "resolution": 32}
     }
@@ -84,7 +84,7 @@ def test_without_a_gpu_the_cpu_part_runs(tmp_path, capfd, monkeypatch):
     assert "speedup over PyTorch eager" in path.with_suffix(".html").read_text()
     assert path.with_suffix("").joinpath("speedups.png").is_file()
     printed = capfd.readouterr().out
-    assert "cpu: a tiny model (at most 8.0 minutes)" in printed
+    assert "cpu_models: a tiny model (at most 8.0 minutes)" in printed
     left_out = "left out: library, parity, ceilings, depthwise, mlp, blocks, models, compiled (needs an NVIDIA GPU"
     assert left_out in printed and printed.index(left_out) < printed.index("complete: 2 results")
 
