@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -35,20 +35,17 @@ from triton.runtime.jit import JITFunction
 from convnext_kernels import backends
 from convnext_kernels.cli.errors import CommandError, names, writable
 from convnext_kernels.cli.output import console, write_json
+from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
 from convnext_kernels.functional import OPERATORS
+from convnext_kernels.ops.common.tuning import trying
 from convnext_kernels.parity import Case
 
 CHANNELS = (24, 40, 96, 128, 384, 768, 1024)
 FUSED_CHANNELS = (48, 64, 80, 160, 192)
 """More, whose MLP is one kernel where nothing is saved."""
 
-PRECISIONS = {
-    "float32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
-    "float16": (torch.float16, "highest"),
-    "bfloat16": (torch.bfloat16, "highest"),
-}
-"""Name of a precision: the tensors' dtype and PyTorch's setting for float32 matrix products."""
+CANDIDATE_CHANNELS = sorted({*CHANNELS, *FUSED_CHANNELS} - {24})
+"""Of blocks whose kernels are compiled with every configuration that a table may name."""
 
 PRODUCTS = ("mlp", "patch_linear", "convnext_block")
 """Operators that multiply matrices: only they differ between float32 and tf32."""
@@ -321,6 +318,31 @@ def compile_all(architecture: int, precision: str, operators: Iterable[str], qui
     return kernels
 
 
+def _candidate_workloads(architecture: int, precision: str) -> Iterator[Workload]:
+    """Every tunable kernel at every width once."""
+    found = {}
+    for channels in CANDIDATE_CHANNELS:
+        for workload in workloads(_image(channels), precision, architecture, grn=True):
+            found.setdefault(workload.name, workload)
+    yield from found.values()
+
+
+def compile_candidates(architecture: int, precision: str) -> list[tuple[Kernel, float]]:
+    """As `compile_all`, of the tunable kernels in every configuration."""
+    torch.set_num_threads(1)
+    kernels = []
+    with compiling(architecture) as compiled:
+        for workload in _candidate_workloads(architecture, precision):
+            tensors = workload.draw(torch.device("cpu"), seed=0)
+            for config in workload.tunable.candidates(workload.key):
+                known, case = set(compiled), Case(str(workload), str(config), {})
+                with trying(workload.tunable, config):
+                    workload.run(tensors)
+                for function, kernel, seconds in [compiled[key] for key in compiled if key not in known]:
+                    kernels.append((_describe(function, kernel, case, precision, architecture), seconds))
+    return kernels
+
+
 def _operators(precision: str, chosen: list[str], quick: bool) -> list[str]:
     """Those of the operators that a precision concerns; quick: all in float16, the MLP in bfloat16 and tf32."""
     concerned = {"tf32": PRODUCTS}.get(precision, tuple(OPERATORS))
@@ -329,20 +351,15 @@ def _operators(precision: str, chosen: list[str], quick: bool) -> list[str]:
     return [operator for operator in chosen if operator in concerned]
 
 
-def compile_in_parallel(
-    architectures: list[int], precisions: list[str], operators: list[str], quick: bool, processes: int
-) -> list[tuple[Kernel, float]]:
-    """As `compile_all` for several architectures and precisions, each pair in a process, with an empty cache."""
-    jobs = [
-        (a, p, chosen, quick) for p in precisions for a in architectures if (chosen := _operators(p, operators, quick))
-    ]
+def compile_in_parallel(jobs: Sequence[tuple[Any, ...]], processes: int) -> list[tuple[Kernel, float]]:
+    """Results of functions that compile, with their arguments; each job in a process, with an empty cache."""
     with (
         tempfile.TemporaryDirectory() as cache,
         patch.dict(os.environ, {"TRITON_CACHE_DIR": cache}),
         Progress(console=console(stderr=True), transient=True) as progress,
         ProcessPoolExecutor(processes, get_context("spawn")) as pool,
     ):
-        futures = [pool.submit(compile_all, *job) for job in jobs]
+        futures = [pool.submit(*job) for job in jobs]
         for _ in progress.track(as_completed(futures), total=len(futures), description="compiling"):
             pass
     return [kernel for future in futures for kernel in future.result()]
@@ -403,6 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"{', '.join(PRECISIONS)} (all)")
     parser.add_argument("--operator", nargs="+", metavar="NAME", help="only these (all)")
     parser.add_argument("--quick", action="store_true", help="96 channels; float16, the MLP also in bfloat16 and tf32")
+    parser.add_argument("--candidates", action="store_true", help="instead: every configuration that tune may choose")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="compile in so many processes (2)")
     parser.add_argument("--all", action="store_true", help="a row for every kernel, not only the worst of each group")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every kernel, without the seconds")
@@ -416,7 +434,12 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandError as error:
         print(f"ahead_of_time: {error}", file=sys.stderr)
         return 2
-    kernels = compile_in_parallel(options.architecture, precisions, operators, options.quick, options.processes)
+    pairs = [(architecture, precision) for precision in precisions for architecture in options.architecture]
+    jobs: list[tuple[Any, ...]] = [(compile_candidates, *pair) for pair in pairs]
+    if not options.candidates:
+        chosen = {precision: _operators(precision, operators, options.quick) for precision in precisions}
+        jobs = [(compile_all, a, p, chosen[p], options.quick) for a, p in pairs if chosen[p]]
+    kernels = compile_in_parallel(jobs, options.processes)
     if path is not None:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         write_json(path, {**versions, "kernels": [asdict(kernel) for kernel, _ in kernels]})

@@ -16,14 +16,13 @@ from torch import Tensor
 from convnext_kernels import parity
 from convnext_kernels.backends import BackendError
 from convnext_kernels.cli.machine import device_name, provenance
-from convnext_kernels.cli.measure import Timing, Work, measure_over, peak_memory
+from convnext_kernels.cli.measure import Timing, captured, measure_over, over, peak_memory, warm_up
 
 Results = Sequence[Tensor]
 Tensors = Mapping[str, Tensor]
 Call = Callable[[Any], object]
 """What a contender does with one input of those that take turns."""
 
-WARM_UP_CALLS = 3
 NOT_AVAILABLE, PARITY_FAILED = "not available", "parity failed"
 
 
@@ -118,33 +117,6 @@ class Measured:
     clocks: dict[str, str] | None = None
 
 
-def _over(call: Call, inputs: Sequence[Any]) -> Work:
-    """Calls on every input; all results are alive at once."""
-    return lambda _: [call(input) for input in inputs]
-
-
-def _warm_up(work: Work, device: torch.device) -> None:
-    """What compiles or chooses an algorithm does so here, on a stream of its own as PyTorch wants before a capture."""
-    if device.type != "cuda":
-        work(None)
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP_CALLS):
-            work(None)
-    torch.cuda.current_stream(device).wait_stream(stream)
-    torch.cuda.synchronize(device)
-
-
-def _captured(work: Work) -> Work:
-    """The same from a CUDA graph: what is launched, but not the time that it takes to launch."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work(None)
-    return lambda _: graph.replay()
-
-
 def _peak(call: Call, input: Any, device: torch.device) -> int:
     """Of the second call: the first allocates what a stream keeps."""
     call(input)
@@ -171,7 +143,7 @@ def measure_calls(
     measured, works = Measured(), {}
     for name, call in calls.items():
         try:
-            _warm_up(work := _over(call, inputs), device)
+            warm_up(work := over(call, inputs), device)
             if peaks:
                 measured.peaks[name] = _peak(call, inputs[0], device)
             works[name] = work
@@ -179,7 +151,7 @@ def measure_calls(
             measured.failures[name] = failure_of(error)
     if graphs and device.type == "cuda":
         try:
-            works = {name: _captured(work) for name, work in works.items()}
+            works = {name: captured(work) for name, work in works.items()}
         except RuntimeError as error:
             measured.no_graphs = failure_of(error)
     timings = measure_over(works, [None], device, rounds, lambda: None)

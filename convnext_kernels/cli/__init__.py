@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from convnext_kernels.cli import bench, info, verify
+from convnext_kernels.cli import bench, info, tune, verify
 from convnext_kernels.cli.errors import CommandError
 
 
@@ -18,8 +18,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="convnext-kernels", description="Fast ConvNeXt blocks for PyTorch.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="{info,verify,bench}", dest="command")
-    for name, module in (("info", info), ("verify", verify), ("bench", bench)):
+    commands = parser.add_subparsers(
+        title="commands", required=True, metavar="{info,verify,bench,tune}", dest="command"
+    )
+    for name, module in (("info", info), ("verify", verify), ("bench", bench), ("tune", tune)):
         summary = (module.__doc__ or "").splitlines()[0]
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)

@@ -18,6 +18,7 @@ from convnext_kernels.backends import BACKENDS
 from convnext_kernels.cli.machine import commit, machine
 from convnext_kernels.cli.output import console, to_json
 from convnext_kernels.functional import OPERATORS
+from convnext_kernels.ops.common.tuning import gpu_table
 
 CHANNELS = 32
 
@@ -64,12 +65,20 @@ def _backends(device: torch.device) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _launch_configurations(gpu: str) -> dict[str, Any]:
+    """How many are measured, the files that they come from, and what was ignored and why."""
+    table = gpu_table(gpu)
+    return {"measured": len(table.entries), "files": list(map(str, table.files)), "ignored": list(table.problems)}
+
+
 def collect() -> dict[str, Any]:
     """Everything that the command shows, as plain data."""
+    computer = machine()
     return {
         "build": build_info(),
         "commit": commit(),
-        "machine": machine(),
+        "machine": computer,
+        "launch_configurations": {gpu["name"]: _launch_configurations(gpu["name"]) for gpu in computer["gpus"]},
         "backends": {str(device): _backends(device) for device in _devices()},
     }
 
@@ -99,6 +108,11 @@ def _show(content: dict[str, Any], target: Console) -> None:
         capability = ".".join(map(str, gpu["capability"]))
         memory = gpu["memory_bytes"] / 2**30
         overview.add_row(f"GPU {gpu['index']}", f"{gpu['name']}, {capability}, {memory:.0f} GiB; library code: {code}")
+    for gpu, found in content["launch_configurations"].items():
+        measured = f"{found['measured']} measured ({', '.join(found['files'])})" if found["files"] else "by rule"
+        overview.add_row(f"launches on {gpu}", measured)
+        for problem in found["ignored"]:
+            overview.add_row("", f"ignored: {problem}")
     if not computer["gpus"]:
         overview.add_row("GPU", "none")
     target.print(overview)

@@ -20,6 +20,7 @@ SAMPLE_MILLISECONDS = 50.0
 """A sample repeats short work for at least this long: a timer's and a scheduler's noise stays below a percent."""
 
 WARM_UP_CALLS = {"cpu": 2, "cuda": 10}
+CALLS_BEFORE_CAPTURE = 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,33 @@ def rotating_inputs(inputs: Tensor) -> list[Tensor]:
     """The batch and copies of it, the images in another order, as many as `rotation` says."""
     copies = range(1, rotation(inputs.nbytes, inputs.device))
     return [inputs, *(inputs.roll(shift, 0).contiguous(memory_format=torch.channels_last) for shift in copies)]
+
+
+def over(call: Callable[[Any], object], inputs: Sequence[Any]) -> Work:
+    """Calls on every input; all results are alive at once."""
+    return lambda _: [call(input) for input in inputs]
+
+
+def warm_up(work: Work, device: torch.device) -> None:
+    """What compiles or chooses an algorithm does so here, on a stream of its own as PyTorch wants before a capture."""
+    if device.type != "cuda":
+        work(None)
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(CALLS_BEFORE_CAPTURE):
+            work(None)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+
+
+def captured(work: Work) -> Work:
+    """The same from a CUDA graph: what is launched, but not the time that it takes to launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work(None)
+    return lambda _: graph.replay()
 
 
 def _sample_cpu(work: Work, inputs: Iterator[Any], calls: int) -> float:

@@ -65,4 +65,4 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"  {command} " in shown for command in ("info", "verify", "bench"))
+    assert all(f"  {command} " in shown for command in ("info", "verify", "bench", "tune"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from convnext_kernels.ops.common.launch import float32_precision
+from convnext_kernels.ops.common.tuning import Tunable
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,81 @@ TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 # TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
 FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
+WIDE_CANDIDATES = [
+    MatmulConfig(block_m=128, block_n=128, block_k=64, warps=4, stages=3),
+    MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
+    MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
+    MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3),
+    MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3),
+    MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
+]
+NARROW_CANDIDATES = [
+    MatmulConfig(block_m=128, block_n=64, block_k=64, warps=4, stages=3),
+    MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=4),
+    MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=4),
+    MatmulConfig(block_m=64, block_n=128, block_k=64, warps=8, stages=3),
+    MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4),
+]
+TF32_CANDIDATES = [
+    MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=3),
+    MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=3),
+    MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3),
+    MatmulConfig(block_m=128, block_n=32, block_k=32, warps=8, stages=3),
+]
+FLOAT32_CANDIDATES = [
+    MatmulConfig(block_m=32, block_n=32, block_k=32, warps=4, stages=2),
+    MatmulConfig(block_m=32, block_n=64, block_k=32, warps=8, stages=2),
+    MatmulConfig(block_m=64, block_n=32, block_k=16, warps=8, stages=2),
+]
+
 # Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200.
 SPLIT_PROGRAMS = 512
 # A split shorter than this costs more in its partial result than it gains in parallelism.
 MINIMUM_SPLIT = 512
 
 
-def matmul_config(columns: int, dtype: torch.dtype, needs_registers: bool) -> MatmulConfig:
-    """The configuration for an output of so many columns.
+TF32_BITS = 19
+
+
+def operand_bits(dtype: torch.dtype) -> int:
+    """How many bits of an operand's elements the product multiplies: 16, TF32's 19 or 32, as PyTorch is set."""
+    if dtype != torch.float32:
+        return 16
+    return 32 if float32_precision() == "ieee" else TF32_BITS
+
+
+def matmul_config(columns: int, inner: int, bits: int, needs_registers: int) -> MatmulConfig:
+    """The configuration for an output of so many columns, whatever its inner dimension.
 
     Args:
-        needs_registers: the product has a prologue, multiplies by a derivative, stores patches or, for want of
-            alignment, loads element by element.
+        bits: `operand_bits`.
+        needs_registers: 1 if the product has a prologue, multiplies by a derivative, stores patches or, for want of
+            alignment, loads element by element; else 0.
     """
-    if dtype == torch.float32:
-        return FLOAT32 if float32_precision() == "ieee" else TF32
+    if bits != 16:
+        return TF32 if bits == TF32_BITS else FLOAT32
     return NARROW if columns <= 64 or needs_registers else WIDE
+
+
+def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
+    """Other shapes of the tile, depths and numbers of stages."""
+    if bits != 16:
+        return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
+    return NARROW_CANDIDATES if needs_registers else [*WIDE_CANDIDATES, *NARROW_CANDIDATES]
+
+
+def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
+    """For an inner dimension of tokens: as `matmul_config`, whatever the number of rows."""
+    return matmul_config(columns, 0, bits, needs_registers)
+
+
+def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
+    """As `matmul_candidates`."""
+    return matmul_candidates(columns, 0, bits, needs_registers)
+
+
+MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)
+LONG_MATMUL = Tunable("common.long_matmul", long_matmul_config, long_matmul_candidates)
 
 
 def split_count(rows: int, columns: int, inner: int, config: MatmulConfig) -> int:

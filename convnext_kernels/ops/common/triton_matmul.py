@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from convnext_kernels.ops.common.launch import float32_precision, launch, round_up
-from convnext_kernels.ops.common.matmul_configs import MatmulConfig, matmul_config, split_count
+from convnext_kernels.ops.common.matmul_configs import LONG_MATMUL, MATMUL, MatmulConfig, operand_bits, split_count
 from convnext_kernels.ops.common.triton_drop_path import DropPath
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
@@ -313,7 +313,8 @@ def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilo
     """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
     # Triton knows of an alignment only where a size is a multiple of 16.
     needs_registers = epilogue.derivative or out.patch > 0 or shape[2] % 16 > 0
-    config = matmul_config(shape[1], a.tensor.dtype, needs_registers)
+    _, columns, inner = shape
+    config = MATMUL(a.tensor, columns, inner, operand_bits(a.tensor.dtype), int(needs_registers))
     _launch(a, b, out, shape, config, epilogue)
 
 
@@ -329,7 +330,8 @@ def long_matmul(
         drop_path: its kept images alone are summed over. With `scale_tokens` its factor multiplies.
     """
     rows, columns, inner = shape
-    config = matmul_config(columns, a.tensor.dtype, needs_registers=drop_path is not None and scale_tokens)
+    needs_registers = drop_path is not None and scale_tokens
+    config = LONG_MATMUL(a.tensor, rows, columns, operand_bits(a.tensor.dtype), int(needs_registers))
     splits = split_count(rows, columns, inner, config)
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convnext_kernels.ops.common.launch import launch, next_power_of_2, round_up
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
-from convnext_kernels.ops.depthwise_conv.configs import ROWS, forward_config, split_count, weight_gradient_config
+from convnext_kernels.ops.depthwise_conv.configs import FORWARD, ROWS, WEIGHT_GRADIENT, split_count, width_class
 
 
 @triton.jit
@@ -226,7 +226,7 @@ def _convolve(
     rows = to_channels_last(input)
     output = rows.new_empty(rows.shape)
     _, height, width, channels = rows.shape
-    config = forward_config(width, channels)
+    config = FORWARD(rows, width_class(width), channels, weight.shape[-1])
     launch(
         convolution_kernel,
         (tile_count(rows, dilation, config.pixels), -(-channels // config.channels)),
@@ -262,7 +262,7 @@ def _parameter_gradients(
     grads, rows = to_channels_last(grad_output), to_channels_last(input)
     batch, height, width, channels = rows.shape
     pixels, size = batch * height * width, weight.shape[-1]
-    config = weight_gradient_config(channels, size)
+    config = WEIGHT_GRADIENT(rows, channels, size)
     splits = split_count(pixels)
     grad_weight = torch.empty((splits, size * size, channels), dtype=torch.float32, device=rows.device)
     grad_bias = torch.empty((splits, channels), dtype=torch.float32, device=rows.device)

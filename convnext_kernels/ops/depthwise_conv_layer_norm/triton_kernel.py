@@ -17,7 +17,7 @@ from convnext_kernels.ops.depthwise_conv.triton_kernel import (
     tile_count,
     tile_position,
 )
-from convnext_kernels.ops.depthwise_conv_layer_norm.configs import MAXIMUM_FUSED_CHANNELS, fused_config
+from convnext_kernels.ops.depthwise_conv_layer_norm.configs import FUSED, MAXIMUM_FUSED_CHANNELS, width_class
 from convnext_kernels.ops.depthwise_conv_layer_norm.two_steps import TwoSteps
 from convnext_kernels.ops.layer_norm import triton_kernel as layer_norm
 from convnext_kernels.ops.layer_norm.triton_kernel import affine, normalize
@@ -117,7 +117,7 @@ def _fused(
 ) -> Tensor:
     """The output; `convolved`, `mean` and `rstd` are filled where they are given."""
     _, height, width, channels = rows.shape
-    config = fused_config(width, channels, weight.shape[-1])
+    config = FUSED(rows, width_class(width), channels, weight.shape[-1])
     output = rows.new_empty(rows.shape)
     launch(
         fused_kernel,

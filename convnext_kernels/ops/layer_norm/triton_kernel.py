@@ -15,7 +15,7 @@ from convnext_kernels.ops.common.layouts import (
     to_channels_last,
     tokens_per_image,
 )
-from convnext_kernels.ops.layer_norm.configs import BACKWARD_PROGRAMS, norm_config
+from convnext_kernels.ops.layer_norm.configs import BACKWARD, BACKWARD_PROGRAMS, FORWARD
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def forward(
     """As the reference's `forward`."""
     rows = to_channels_last(input)
     channels = rows.shape[-1]
-    tokens, config = rows.numel() // channels, norm_config(channels)
+    tokens, config = rows.numel() // channels, FORWARD(rows, channels)
     output = rows.new_empty(rows.shape)
     mean, rstd = (empty_statistic(rows) if save else None for _ in range(2))
     launch(
@@ -172,7 +172,7 @@ def backward(
     """As the reference's `backward`."""
     grads, rows = to_channels_last(grad_output), to_channels_last(input)
     channels = rows.shape[-1]
-    tokens, config = rows.numel() // channels, norm_config(channels)
+    tokens, config = rows.numel() // channels, BACKWARD(rows, channels)
     per_program = config.tokens * max(1, -(-tokens // (config.tokens * BACKWARD_PROGRAMS)))
     programs = max(1, -(-tokens // per_program))
     grad_input = rows.new_empty(rows.shape) if wanted[0] else None

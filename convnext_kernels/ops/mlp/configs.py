@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
+from convnext_kernels.ops.common.tuning import Tunable
 
 # A program reads all weights from L2, 16 C^2 bytes: for 128 tokens that takes about as long as their arithmetic, for 64
 # twice as long. Eight warps hold 128 tokens of 192 float32 sums in 96 registers each.
@@ -25,14 +25,16 @@ STEPS = {
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Channels in two powers of two, the second one or 0, and hidden channels of a step."""
+    """Channels in two powers of two, the second one or 0, hidden channels of a step, tokens of a tile, and warps."""
 
     low: int
     high: int
     hidden: int
+    tokens: int = TOKENS
+    warps: int = WARPS
 
 
-def fused_config(channels: int, dtype: torch.dtype, architecture: int) -> FusedConfig | None:
+def fused_config(channels: int, architecture: int) -> FusedConfig | None:
     """The configuration for one kernel, or None where two products are better or channels do not split well.
 
     Products are of powers of two: 96 = 64 + 32 and 192 = 128 + 64 waste nothing.
@@ -42,6 +44,20 @@ def fused_config(channels: int, dtype: torch.dtype, architecture: int) -> FusedC
     splits = low >= 32 and (high == 0 or (high >= 16 and high & (high - 1) == 0))
     steps = STEPS.get(architecture // 10, {})
     hidden = next((hidden for widest, hidden in steps.items() if channels <= widest), None)
-    if not splits or hidden is None or dtype == torch.float32:
+    if not splits or hidden is None:
         return None
     return FusedConfig(low, high, hidden)
+
+
+def fused_candidates(channels: int, architecture: int) -> list[FusedConfig | None]:
+    """Steps of as many hidden channels as the rule's or fewer; half the tokens for half the warps."""
+    rule = fused_config(channels, architecture)
+    return [
+        rule and replace(rule, hidden=hidden, tokens=tokens, warps=warps)
+        for tokens, warps in ((TOKENS, WARPS), (TOKENS // 2, WARPS // 2))
+        for hidden in (16, 32, 64)
+        if rule and hidden <= rule.hidden
+    ]
+
+
+FUSED = Tunable("mlp.fused_kernel", fused_config, fused_candidates)

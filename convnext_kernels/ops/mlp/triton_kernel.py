@@ -27,7 +27,7 @@ from convnext_kernels.ops.common.triton_layer_gradients import layer_gradients
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
 from convnext_kernels.ops.layer_norm.triton_kernel import affine
-from convnext_kernels.ops.mlp.configs import TOKENS, WARPS, FusedConfig, fused_config
+from convnext_kernels.ops.mlp.configs import FUSED, FusedConfig
 from convnext_kernels.ops.mlp.reference import parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
@@ -198,7 +198,7 @@ def _fused_forward(
     rstd = empty_statistic(rows) if save else None
     launch(
         fused_kernel,
-        (-(-tokens // TOKENS),),
+        (-(-tokens // config.tokens),),
         rows,
         norm and norm.weight,
         norm and norm.bias,
@@ -220,18 +220,19 @@ def _fused_forward(
         HIGH=config.high,
         ACTIVATION=gelu_form(activation, rows.dtype),
         PRECISION=float32_precision(),
-        BLOCK_T=TOKENS,
+        BLOCK_T=config.tokens,
         BLOCK_H=config.hidden,
-        warps=WARPS,
+        warps=config.warps,
         num_stages=2,
     )
     return from_channels_last(output), normalized, rstd
 
 
 def _one_kernel_config(input: Tensor) -> FusedConfig | None:
-    if not input.shape[0]:
+    """None also for float32, whose weights take too many registers."""
+    if not input.shape[0] or input.dtype == torch.float32:
         return None
-    return fused_config(channels(input), input.dtype, architecture(input.device))
+    return FUSED(input, channels(input), architecture(input.device))
 
 
 def takes_one_kernel(input: Tensor, grn_weight: Tensor | None) -> bool:

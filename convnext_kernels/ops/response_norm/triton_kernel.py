@@ -14,7 +14,7 @@ from torch import Tensor
 from convnext_kernels.ops.common.launch import launch, round_up
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
-from convnext_kernels.ops.response_norm.configs import BLOCK_CHANNELS, BLOCK_TOKENS, WARPS, split_count
+from convnext_kernels.ops.response_norm.configs import ACTIVATED_BACKWARD, APPLY, SUMS, split_count
 from convnext_kernels.ops.response_norm.reference import input_coefficients, scales, weight_gradient
 
 
@@ -137,22 +137,22 @@ def _sizes(rows: Tensor) -> tuple[int, int, int]:
 def _sums(a: Tensor, b: Tensor, kinds: int, activation: str | None = None) -> Tensor:
     """The first kinds of: sums over each image's tokens of a b, a and b^2, [kinds, N, C] in float32."""
     batch, tokens, channels = _sizes(a)
-    splits = split_count(tokens)
+    config, splits = SUMS(a, channels), split_count(tokens)
     partial = torch.empty((kinds, splits, batch, channels), dtype=torch.float32, device=a.device)
     launch(
         sums_kernel,
-        (batch, -(-channels // BLOCK_CHANNELS), splits),
+        (batch, -(-channels // config.channels), splits),
         a,
         b,
         *partial,
         *[None] * (3 - kinds),
         tokens,
-        round_up(-(-tokens // splits), BLOCK_TOKENS),
+        round_up(-(-tokens // splits), config.tokens),
         channels,
         ACTIVATION=activation and gelu_form(activation, b.dtype),
-        BLOCK_T=BLOCK_TOKENS,
-        BLOCK_C=BLOCK_CHANNELS,
-        warps=WARPS,
+        BLOCK_T=config.tokens,
+        BLOCK_C=config.channels,
+        warps=config.warps,
     )
     return partial.sum(1)
 
@@ -161,10 +161,10 @@ def _apply(
     a: Tensor, a_scale: Tensor, b: Tensor | None = None, b_scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     batch, tokens, channels = _sizes(a)
-    output = a.new_empty(a.shape)
+    config, output = APPLY(a, channels), a.new_empty(a.shape)
     launch(
         apply_kernel,
-        (batch * -(-tokens // BLOCK_TOKENS), -(-channels // BLOCK_CHANNELS)),
+        (batch * -(-tokens // config.tokens), -(-channels // config.channels)),
         a,
         a_scale,
         b,
@@ -173,9 +173,9 @@ def _apply(
         output,
         tokens,
         channels,
-        BLOCK_T=BLOCK_TOKENS,
-        BLOCK_C=BLOCK_CHANNELS,
-        warps=WARPS,
+        BLOCK_T=config.tokens,
+        BLOCK_C=config.channels,
+        warps=config.warps,
     )
     return output
 
@@ -213,10 +213,10 @@ def activated_backward(
     """
     batch, tokens, channels = _sizes(grads)
     dots, sums, squares = _sums(grads, pre_activation, 3, activation)
-    norms, output = squares.sqrt(), torch.empty_like(grads)
+    norms, output, config = squares.sqrt(), torch.empty_like(grads), ACTIVATED_BACKWARD(grads, channels)
     launch(
         activated_backward_kernel,
-        (batch * -(-tokens // BLOCK_TOKENS), -(-channels // BLOCK_CHANNELS)),
+        (batch * -(-tokens // config.tokens), -(-channels // config.channels)),
         grads,
         scales(norms, weight, eps),
         pre_activation,
@@ -226,8 +226,8 @@ def activated_backward(
         tokens,
         channels,
         ACTIVATION=gelu_form(activation, grads.dtype),
-        BLOCK_T=BLOCK_TOKENS,
-        BLOCK_C=BLOCK_CHANNELS,
-        warps=WARPS,
+        BLOCK_T=config.tokens,
+        BLOCK_C=config.channels,
+        warps=config.warps,
     )
     return output, weight_gradient(norms, dots, eps), sums.sum(0)

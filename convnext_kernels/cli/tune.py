@@ -1,0 +1,319 @@
+"""measure launch configurations on this GPU and write the table that the library reads
+
+Each candidate of a kernel must give the results of the rule's configuration before it is timed, in turn with that one,
+and must be faster by more than the times spread to get into the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from convnext_kernels import parity
+from convnext_kernels.backends import interpreting
+from convnext_kernels.cli.errors import CommandError, at_least, names, writable
+from convnext_kernels.cli.machine import device_name, find_device, versions
+from convnext_kernels.cli.measure import Timing, captured, measure_over, over, rotation, warm_up
+from convnext_kernels.cli.output import console
+from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
+from convnext_kernels.model import list_models
+from convnext_kernels.ops.common.launch import architecture
+from convnext_kernels.ops.common.tuning import (
+    FOLDER_VARIABLE,
+    Entry,
+    Name,
+    file_name,
+    read_table,
+    trying,
+    user_folder,
+    write_table,
+)
+from convnext_kernels.variants import VARIANTS
+
+BATCH = 64
+ROUNDS = 9
+FIRST_MAP, ISOTROPIC_MAP = 56, 14
+"""Height and width of the first stage's maps, and of an isotropic model's, for images of 224 pixels."""
+
+MINIMUM_GAIN = 0.02
+"""Less is not worth an entry, however small the spread."""
+
+ROUNDING = {2: 2, 4: 64}
+"""By bytes of a result's element: how many eps two orders of summation may differ by."""
+
+PREDICTED_SECONDS = 4.0
+"""For a configuration to be compiled, checked and timed."""
+
+PREDICTED_ARCHITECTURE = 90
+
+Timer = Callable[[Mapping[Any, Callable[[Any], object]], Sequence[Any], torch.device], Mapping[Any, Timing]]
+"""Of configurations, what launches each on an input; the inputs; the GPU: times of each, a sample for every round."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's options."""
+    parser.add_argument(
+        "--model", action="append", metavar="NAME", help="its widths; repeat or separate by commas (all)"
+    )
+    parser.add_argument("--widths", action="append", metavar="N", help="channels of a block, in place of models'")
+    parser.add_argument("--dtype", action="append", metavar="NAME", help=f"{', '.join(PRECISIONS)} (bfloat16)")
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="begin no kernel after (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (where the library reads)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured; needs no GPU")
+    parser.add_argument("--device", metavar="NAME", help="cuda or cuda:N (the current GPU)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's arguments, checked and with their defaults."""
+
+    blocks: Mapping[tuple[int, int], bool]
+    precisions: list[str]
+    minutes: float
+    device: torch.device
+    output: Path | None
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one kernel: the entry, if a candidate won, and the candidates that gave other results or could not run."""
+
+    workload: Workload
+    entry: Entry | None
+    wrong: dict[Any, str] = field(default_factory=dict)
+    failed: dict[Any, str] = field(default_factory=dict)
+
+
+def blocks_of(models: Sequence[str]) -> dict[tuple[int, int], bool]:
+    """Channels and map width of every stage, and whether a model has GRN there; those that most models have first."""
+    counts: Counter[tuple[int, int]] = Counter()
+    grn: dict[tuple[int, int], bool] = {}
+    for variant in map(VARIANTS.__getitem__, models):
+        for stage, channels in enumerate(variant.dims):
+            block = channels, ISOTROPIC_MAP if variant.isotropic else FIRST_MAP >> stage
+            counts[block] += 1
+            grn[block] = grn.get(block, False) or variant.use_grn
+    return {block: grn[block] for block, _ in counts.most_common()}
+
+
+def _chosen_blocks(arguments: argparse.Namespace) -> dict[tuple[int, int], bool]:
+    published = blocks_of(names("--model", arguments.model, list_models(), list_models()))
+    if arguments.widths is None:
+        return published
+    chosen: dict[tuple[int, int], bool] = {}
+    for text in (text for item in arguments.widths for text in item.split(",")):
+        if not text.strip().isdecimal():
+            raise CommandError(f"--widths: got {text!r}; accepted: numbers of channels")
+        channels = at_least("--widths", int(text), 1)
+        known = {block: grn for block, grn in published.items() if block[0] == channels}
+        chosen |= known or {(channels, ISOTROPIC_MAP): True}
+    return chosen
+
+
+def check_options(arguments: argparse.Namespace) -> Options:
+    """Checks every argument, and that there is what to measure on, before any work."""
+    blocks, precisions = _chosen_blocks(arguments), names("--dtype", arguments.dtype, PRECISIONS, ["bfloat16"])
+    if not arguments.minutes > 0:
+        raise CommandError(f"--minutes: got {arguments.minutes}; accepted: more than 0")
+    output, device = writable("--output", arguments.output), find_device(arguments.device)
+    if not arguments.dry_run:
+        if device.type != "cuda":
+            raise CommandError("there is no GPU to measure on; --dry-run shows what would be measured")
+        if find_spec("triton") is None:
+            raise CommandError("triton is not installed: there is nothing to tune")
+        if interpreting():
+            raise CommandError("TRITON_INTERPRET=1 is set: Triton's interpreter has no launch configurations to time")
+        if torch.cuda.is_current_stream_capturing():
+            raise CommandError("the current stream is captured into a CUDA graph; measuring would become part of it")
+    return Options(blocks, precisions, arguments.minutes, device, output, arguments.dry_run)
+
+
+def planned(options: Options) -> list[Workload]:
+    """Every kernel to be measured, once for each key."""
+    target = architecture(options.device) if options.device.type == "cuda" else PREDICTED_ARCHITECTURE
+    found: dict[Name, Workload] = {}
+    for precision in options.precisions:
+        for (channels, width), grn in options.blocks.items():
+            for workload in workloads((BATCH, channels, width, width), precision, target, grn):
+                if len(workload.tunable.candidates(workload.key)) > 1:
+                    found.setdefault(workload.name, workload)
+    return list(found.values())
+
+
+def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """What differs by more than rounding, None where nothing does."""
+    for index, (result, right) in enumerate(zip(results, expected, strict=True)):
+        limit = ROUNDING[right.element_size()] * torch.finfo(right.dtype).eps
+        error = max(parity.errors(result, right.double()), key=lambda e: float("inf") if e != e else e)
+        if not error <= limit:  # a NaN is not
+            return f"result {index} off by {error:.1e}, limit {limit:.1e}"
+    return None
+
+
+def time_in_turn(
+    calls: Mapping[Any, Callable[[Any], object]], inputs: Sequence[Any], device: torch.device
+) -> dict[Any, Timing]:
+    """Times CUDA graphs of calls over all inputs, one configuration after the other in every round."""
+    works = {}
+    for config, call in calls.items():
+        warm_up(work := over(call, inputs), device)
+        works[config] = captured(work)
+    return measure_over(works, [None], device, ROUNDS, lambda: None)
+
+
+def fastest(timings: Mapping[Any, Timing], rule: Any) -> tuple[Any, float] | None:
+    """The configuration that gains most over the rule's, and how many times faster; None if all are within the spread.
+
+    The spread is that of the ratio over rounds, between its quartiles.
+    """
+    found: list[tuple[float, Any]] = []
+    for config, timing in timings.items():
+        pairs = zip(timings[rule].samples, timing.samples, strict=True)
+        ratios = Timing([theirs / ours for theirs, ours in pairs])
+        lower, upper = ratios.quartiles
+        if ratios.median - 1 > max(upper - lower, MINIMUM_GAIN):
+            found.append((ratios.median, config))
+    speedup, config = max(found, key=lambda pair: pair[0], default=(1.0, None))
+    return None if config is None else (config, speedup)
+
+
+def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in_turn) -> Outcome:
+    """Checks and times every candidate of a kernel."""
+    first = workload.draw(device, seed=0)
+    size = sum(tensor.nbytes for tensor in first.values())
+    inputs = [first, *(workload.draw(device, seed) for seed in range(1, rotation(size, device)))]
+
+    def launching(config: Any) -> Callable[[Any], list[Tensor]]:
+        def call(tensors: Any) -> list[Tensor]:
+            with trying(workload.tunable, config):
+                return workload.run(tensors)
+
+        return call
+
+    rule, *others = workload.tunable.candidates(workload.key)
+    calls, outcome = {rule: launching(rule)}, Outcome(workload, None)
+    with parity.poisoned_memory():
+        expected = calls[rule](first)
+        for config in others:
+            call = launching(config)
+            try:
+                difference = disagreement(call(first), expected)
+            except Exception as error:  # such as too much shared memory: a result, not the end
+                outcome.failed[config] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+                continue
+            if difference is None:
+                calls[config] = call
+            else:
+                outcome.wrong[config] = difference
+    best = fastest(timer(calls, inputs, device), rule)
+    if best is None:
+        return outcome
+    return replace(outcome, entry=Entry(*workload.name, best[0], round(best[1], 3)))
+
+
+def tune(
+    plan: Sequence[Workload],
+    options: Options,
+    path: Path,
+    timer: Timer = time_in_turn,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Outcome]:
+    """Measures kernel after kernel until the time is over; the table is written after each of them.
+
+    What the file has for kernels that are not measured now stays.
+    """
+    gpu, end = device_name(options.device), clock() + 60 * options.minutes
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    messages, outcomes = console(stderr=True), []
+    before = read_table(path, gpu)
+    entries: dict[Name, Entry] = dict(before.entries)
+    for problem in before.problems:
+        messages.print(f"not kept: {problem}", style="yellow", markup=False)
+    with Progress(*columns, console=messages) as progress:
+        bar = progress.add_task("", total=len(plan))
+        for workload in plan:
+            if clock() >= end:
+                break
+            progress.update(bar, description=str(workload))
+            outcome = tune_kernel(workload, options.device, timer)
+            outcomes.append(outcome)
+            entries.pop(workload.name, None)
+            if outcome.entry is not None:
+                entries[workload.name] = outcome.entry
+            write_table(path, gpu, entries.values(), versions())
+            progress.advance(bar)
+    return outcomes
+
+
+def _settings(config: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+
+
+def _show(outcomes: Sequence[Outcome], plan: Sequence[Any], target: Console) -> None:
+    """Prints what won, and what was refused."""
+    table = Table(title="Faster than the rule's configuration", title_justify="left")
+    table.add_column("kernel")
+    table.add_column("configuration")
+    table.add_column("speedup", justify="right")
+    for outcome in outcomes:
+        if outcome.entry is not None:
+            table.add_row(str(outcome.workload), _settings(outcome.entry.config), f"{outcome.entry.speedup:.2f}x")
+        for config, reason in {**outcome.failed, **outcome.wrong}.items():
+            target.print(f"refused: {outcome.workload}: {_settings(config)}: {reason}", style="yellow", markup=False)
+    if table.row_count:
+        target.print(table)
+    target.print(f"{len(outcomes)} of {len(plan)} kernels measured, {table.row_count} faster than by the rule")
+
+
+def _show_plan(plan: Sequence[Workload], options: Options, target: Console) -> None:
+    """Prints how much of each kernel would be measured, and how long that is predicted to take."""
+    table = Table(title="What would be measured", title_justify="left")
+    table.add_column("kernel")
+    table.add_column("dtype")
+    table.add_column("keys", justify="right")
+    table.add_column("configurations", justify="right")
+    keys: Counter[tuple[str, str]] = Counter()
+    configurations: Counter[tuple[str, str]] = Counter()
+    for workload in plan:
+        row = workload.tunable.name, workload.precision
+        keys[row] += 1
+        configurations[row] += len(workload.tunable.candidates(workload.key))
+    for row, count in keys.items():
+        table.add_row(*row, str(count), str(configurations[row]))
+    target.print(table)
+    minutes = configurations.total() * PREDICTED_SECONDS / 60
+    target.print(
+        f"{configurations.total()} configurations of {len(plan)} kernels: {minutes:.0f} minutes predicted, "
+        f"of which --minutes allows {options.minutes:g}"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and writes; 1 where a candidate gave other results than the rule's configuration."""
+    options = check_options(arguments)
+    plan = planned(options)
+    if options.dry_run:
+        _show_plan(plan, options, console())
+        return 0
+    read = user_folder() / file_name(device_name(options.device))
+    path = options.output or read
+    outcomes = tune(plan, options, path)
+    _show(outcomes, plan, console())
+    messages = console(stderr=True)
+    messages.print(f"wrote {path}", markup=False)
+    if path.absolute() != read.absolute():
+        messages.print(f"it is read from {FOLDER_VARIABLE}=its folder, under the name {read.name}", markup=False)
+    return 1 if any(outcome.wrong for outcome in outcomes) else 0

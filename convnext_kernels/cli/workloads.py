@@ -1,0 +1,245 @@
+"""Each tunable kernel as a ConvNeXt block of some width launches it: what `tune` times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convnext_kernels.ops.common.matmul_configs import LONG_MATMUL, MATMUL, operand_bits
+from convnext_kernels.ops.common.tuning import Key, Name, Tunable
+from convnext_kernels.ops.convnext_block.configs import RECOMPUTED_CHANNELS
+from convnext_kernels.ops.depthwise_conv import configs as depthwise_conv
+from convnext_kernels.ops.depthwise_conv_layer_norm import configs as depthwise_conv_layer_norm
+from convnext_kernels.ops.layer_norm import configs as layer_norm
+from convnext_kernels.ops.mlp import configs as mlp
+from convnext_kernels.ops.response_norm import configs as response_norm
+
+PRECISIONS = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "float16": (torch.float16, "highest"),
+    "bfloat16": (torch.bfloat16, "highest"),
+}
+"""Name of a precision: the tensors' dtype and PyTorch's setting for float32 matrix products."""
+
+EPS = 1e-6
+STATISTICS = ("rstd", "drop_path_factor")
+"""Tensors in float32 whatever the dtype of the others, and positive."""
+
+
+@contextmanager
+def multiplying(precision: str) -> Iterator[torch.dtype]:
+    """Within the context float32 is multiplied as the precision says; yields its dtype."""
+    dtype, setting = PRECISIONS[precision]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield dtype
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A launch of one kernel: its key, precision, the tensors by shape, and the call with those that launches it."""
+
+    tunable: Tunable[Any]
+    key: Key
+    precision: str
+    shapes: Mapping[str, tuple[int, ...]]
+    call: Callable[..., Any]
+
+    @property
+    def name(self) -> Name:
+        """What a table finds its measurement by."""
+        return self.tunable.name, str(PRECISIONS[self.precision][0]).removeprefix("torch."), self.key
+
+    def __str__(self) -> str:
+        sizes = (f"{name} {size}" for name, size in zip(self.tunable.parameters, self.key, strict=True))
+        return f"{self.tunable.name}, {self.precision}: {', '.join(sizes)}"
+
+    def draw(self, device: torch.device, seed: int) -> dict[str, Tensor]:
+        """Random tensors; images in channels-last memory."""
+        generator, tensors = torch.Generator(device).manual_seed(seed), {}
+        for name, shape in self.shapes.items():
+            dtype = torch.float32 if name in STATISTICS else PRECISIONS[self.precision][0]
+            values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            layout = torch.channels_last if values.dim() == 4 and "weight" not in name else torch.contiguous_format
+            tensors[name] = (values.abs() if name in STATISTICS else values).contiguous(memory_format=layout)
+        return tensors
+
+    def run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """The results of the call."""
+        with multiplying(self.precision):
+            results = self.call(**tensors)
+        return [results] if isinstance(results, Tensor) else [result for result in results if result.numel()]
+
+
+def _kernels(operator: str) -> Any:
+    """An operator's Triton kernels, imported where one is called: Triton may not be installed."""
+    return import_module(f"convnext_kernels.ops.{operator}.triton_kernel")
+
+
+def _triton(name: str) -> Any:
+    return import_module(f"convnext_kernels.ops.common.triton_{name}")
+
+
+def _convolution(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _kernels("depthwise_conv").forward(input, weight, bias, 1)
+
+
+def _weight_gradient(grad: Tensor, input: Tensor, weight: Tensor) -> Sequence[Tensor]:
+    return _kernels("depthwise_conv").backward(grad, input, weight, 1, [False, True, True])
+
+
+def _convolution_and_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    return _kernels("depthwise_conv_layer_norm").forward_normalized(input, weight, bias, 1, EPS, None)
+
+
+def _norm(input: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    return _kernels("layer_norm").forward(input, weight, bias, EPS, False)
+
+
+def _norm_backward(grad: Tensor, input: Tensor, rstd: Tensor) -> Sequence[Tensor]:
+    return _kernels("layer_norm").backward(grad, input, None, None, rstd, [True, False, False])
+
+
+def _response_norm(input: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    return _kernels("response_norm").forward(input, weight, bias, EPS)
+
+
+def _response_norm_backward(grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    grad = grad.clone()  # it is changed in place
+    return grad, *_kernels("response_norm").activated_backward(grad, input, weight, bias, EPS, "gelu")
+
+
+def _one_kernel_mlp(
+    input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor
+) -> Sequence[Tensor]:
+    parameters = (weight1, bias1, weight2, bias2)
+    return _kernels("mlp").forward(input, *parameters, None, None, residual, None, None, EPS, "gelu", True, False)
+
+
+def _product(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A layer: the first one, with its activation, or the second, with a residual."""
+    matmul, (columns, inner) = _triton("matmul"), weight.shape
+    out = tokens.new_empty((tokens.shape[0], columns))
+    epilogue = matmul.Epilogue(bias=bias, activation="gelu" if residual is None else None, residual=residual)
+    operands = matmul.matrix(tokens), matmul.matrix(weight).transposed, matmul.matrix(out)
+    matmul.matmul(*operands, (len(tokens), columns, inner), epilogue)
+    return out
+
+
+def _derivative(grad: Tensor, weight2: Tensor, tokens: Tensor, weight1: Tensor, bias1: Tensor) -> Sequence[Tensor]:
+    """Gradient of the pre-activation, which is computed again."""
+    matmul, (channels, hidden_width) = _triton("matmul"), weight2.shape
+    out, hidden = (grad.new_empty((grad.shape[0], hidden_width)) for _ in range(2))
+    recomputed = matmul.matrix(tokens), matmul.matrix(weight1).transposed
+    epilogue = matmul.Epilogue(activation="gelu", derivative=True, hidden=hidden, recomputed=recomputed, bias=bias1)
+    operands = matmul.matrix(grad), matmul.matrix(weight2), matmul.matrix(out)
+    matmul.matmul(*operands, (len(grad), hidden_width, channels), epilogue)
+    return out, hidden
+
+
+def _saved_derivative(grad: Tensor, weight2: Tensor, pre_activation: Tensor) -> Sequence[Tensor]:
+    """Gradient of a pre-activation that was saved."""
+    matmul, (channels, hidden_width) = _triton("matmul"), weight2.shape
+    out, hidden = (grad.new_empty((grad.shape[0], hidden_width)) for _ in range(2))
+    epilogue = matmul.Epilogue(activation="gelu", derivative=True, hidden=hidden, pre_activation=pre_activation)
+    operands = matmul.matrix(grad), matmul.matrix(weight2), matmul.matrix(out)
+    matmul.matmul(*operands, (len(grad), hidden_width, channels), epilogue)
+    return out, hidden
+
+
+def _over_tokens(a: Tensor, b: Tensor, drop_path_factor: Tensor | None = None) -> Sequence[Tensor]:
+    """Gradient of a weight, and its layer's bias."""
+    matmul, (count, rows) = _triton("matmul"), a.shape
+    images = 1 if drop_path_factor is None else len(drop_path_factor)
+    drop_path = _triton("drop_path").drop_path(drop_path_factor, count // images)
+    operands = matmul.matrix(a).transposed, matmul.matrix(b)
+    return matmul.long_matmul(*operands, (rows, b.shape[1], count), drop_path)
+
+
+def _filters(image: tuple[int, int, int, int], size: int, precision: str) -> Iterator[Workload]:
+    _, channels, _, width = image
+    key = depthwise_conv.width_class(width), channels, size
+    layer = {"input": image, "weight": (channels, 1, size, size), "bias": (channels,)}
+    gradient = {"grad": image, "input": image, "weight": layer["weight"]}
+    yield Workload(depthwise_conv.FORWARD, key, precision, layer, _convolution)
+    yield Workload(depthwise_conv.WEIGHT_GRADIENT, (channels, size), precision, gradient, _weight_gradient)
+    if channels <= depthwise_conv_layer_norm.MAXIMUM_FUSED_CHANNELS:
+        yield Workload(depthwise_conv_layer_norm.FUSED, key, precision, layer, _convolution_and_norm)
+
+
+def _norms(image: tuple[int, int, int, int], precision: str) -> Iterator[Workload]:
+    batch, channels, height, width = image
+    forward = {"input": image, "weight": (channels,), "bias": (channels,)}
+    backward = {"grad": image, "input": image, "rstd": (batch * height * width,)}
+    yield Workload(layer_norm.FORWARD, (channels,), precision, forward, _norm)
+    yield Workload(layer_norm.BACKWARD, (channels,), precision, backward, _norm_backward)
+
+
+def _response_norms(image: tuple[int, int, int, int], precision: str) -> Iterator[Workload]:
+    batch, channels, height, width = image
+    hidden = 4 * channels
+    tokens = batch, height * width, hidden
+    shapes = {"input": tokens, "weight": (hidden,), "bias": (hidden,)}
+    for tunable in (response_norm.SUMS, response_norm.APPLY):
+        yield Workload(tunable, (hidden,), precision, shapes, _response_norm)
+    shapes = {"grad": tokens, **shapes}
+    yield Workload(response_norm.ACTIVATED_BACKWARD, (hidden,), precision, shapes, _response_norm_backward)
+
+
+def _bits(precision: str) -> int:
+    with multiplying(precision) as dtype:
+        return operand_bits(dtype)
+
+
+def _products(image: tuple[int, int, int, int], precision: str, architecture: int) -> Iterator[Workload]:
+    batch, channels, height, width = image
+    count, hidden, bits = batch * height * width, 4 * channels, _bits(precision)
+    tokens, activations = (count, channels), (count, hidden)
+    layer1, layer2 = {"weight1": (hidden, channels), "bias1": (hidden,)}, {"weight2": (channels, hidden)}
+    one_kernel = {"input": image, **layer1, **layer2, "bias2": (channels,), "residual": image}
+    if bits == 16 and mlp.fused_config(channels, architecture) is not None:
+        yield Workload(mlp.FUSED, (channels, architecture), precision, one_kernel, _one_kernel_mlp)
+
+    matmul, long_matmul = partial(Workload, MATMUL), partial(Workload, LONG_MATMUL)
+    first, second = (hidden, channels, bits), (channels, hidden, bits)
+    unaligned = int(channels % 16 > 0)
+    shapes = {"tokens": tokens, "weight": (hidden, channels), "bias": (hidden,)}
+    yield matmul((*first, unaligned), precision, shapes, _product)
+    shapes = {"tokens": activations, "weight": (channels, hidden), "bias": (channels,), "residual": tokens}
+    yield matmul((*second, int(hidden % 16 > 0)), precision, shapes, _product)
+    if not unaligned:  # else what holds for the product holds for this one
+        shapes = {"grad": tokens, **layer2}
+        if channels <= RECOMPUTED_CHANNELS:
+            yield matmul((*first, 1), precision, {**shapes, "tokens": tokens, **layer1}, _derivative)
+        else:
+            yield matmul((*first, 1), precision, {**shapes, "pre_activation": activations}, _saved_derivative)
+    for key, a, b in (((hidden, channels, bits, 0), activations, tokens), ((*second, 0), tokens, activations)):
+        yield long_matmul(key, precision, {"a": a, "b": b}, _over_tokens)
+    shapes = {"a": tokens, "b": activations, "drop_path_factor": (batch,)}
+    yield long_matmul((*second, 1), precision, shapes, _over_tokens)
+
+
+def workloads(
+    image: tuple[int, int, int, int], precision: str, architecture: int, grn: bool, size: int = 7
+) -> list[Workload]:
+    """The kernels of a block on images [N, C, H, W].
+
+    Args:
+        precision: one of `PRECISIONS`.
+        architecture: as `ops.common.launch.architecture` gives it.
+        grn: with those of global response normalisation.
+        size: of the filters.
+    """
+    found = [*_filters(image, size, precision), *_norms(image, precision), *_products(image, precision, architecture)]
+    return [*found, *(_response_norms(image, precision) if grn else ())]

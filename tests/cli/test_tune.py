@@ -1,0 +1,255 @@
+"""The command `tune`: what wins, what is refused, and what is written."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from convnext_kernels.cli import info, main, tune
+from convnext_kernels.cli.measure import Timing
+from convnext_kernels.cli.workloads import Workload
+from convnext_kernels.ops.common import tuning
+from convnext_kernels.ops.common.tuning import Entry, read_table
+from convnext_kernels.ops.layer_norm.configs import BACKWARD, FORWARD
+
+CPU = torch.device("cpu")
+GPU = "NVIDIA Test 1"
+KEY = (96,)
+RULE, FAST, FASTEST, *_ = FORWARD.candidates(KEY)
+
+
+def workload(tunable=FORWARD, results=None):
+    """A kernel that launches nothing; of the configurations in `results` it gives those instead of its input."""
+
+    def call(input):
+        result = (results or {}).get(tunable.tried, input)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return Workload(tunable, KEY, "float16", {"input": (4, 96)}, call)
+
+
+def timer(samples, calls=None):
+    """Gives each configuration its samples, and 10 ms in each round to all others."""
+
+    def time(works, inputs, device):
+        for config, work in works.items():
+            work(inputs[0])
+            if calls is not None:
+                calls.append(config)
+        return {config: Timing(samples.get(config, [10.0, 10.0, 10.0])) for config in works}
+
+    return time
+
+
+def test_the_fastest_wins():
+    outcome = tune.tune_kernel(workload(), CPU, timer({FAST: [8.0, 8.0, 8.0], FASTEST: [5.0, 5.0, 5.0]}))
+    assert outcome.entry == Entry(FORWARD.name, "float16", KEY, FASTEST, 2.0)
+    assert not outcome.wrong and not outcome.failed
+
+
+@pytest.mark.parametrize("samples", [[9.0, 5.0, 12.0], [9.9, 9.9, 9.9], [10.0, 10.0, 10.0], [12.0, 12.0, 12.0]])
+def test_what_is_within_the_spread_does_not_win(samples):
+    """Faster in the median by a ninth, but between 0.8 and 2 times; by a percent; not at all; slower."""
+    assert tune.tune_kernel(workload(), CPU, timer({FASTEST: samples})).entry is None
+
+
+def test_a_machine_that_slows_down_is_no_spread():
+    """Both times of a round are those of a slower machine; their ratio is as before."""
+    samples = {RULE: [10.0, 20.0, 40.0], FAST: [8.0, 16.0, 32.0]}
+    assert tune.tune_kernel(workload(), CPU, timer(samples)).entry.config == FAST
+
+
+@pytest.mark.parametrize("fault", ["one element", "NaN"])
+def test_what_gives_other_results_is_never_timed(fault):
+    input = workload().draw(CPU, 0)["input"]
+    wrong = input.clone()
+    wrong[3, 95] = float("nan") if fault == "NaN" else wrong[3, 95] + 0.05 * wrong.abs().max()
+    timed = []
+    outcome = tune.tune_kernel(workload(results={FASTEST: wrong}), CPU, timer({FASTEST: [1.0] * 3}, timed))
+    assert FASTEST not in timed and RULE in timed and FAST in timed
+    assert outcome.entry is None and list(outcome.wrong) == [FASTEST] and "result 0 off by" in outcome.wrong[FASTEST]
+
+
+def test_rounding_is_no_difference():
+    input = workload().draw(CPU, 0)["input"]
+    rounded = input * (1 + torch.finfo(torch.float16).eps)
+    assert not torch.equal(rounded, input)
+    outcome = tune.tune_kernel(workload(results={FASTEST: rounded}), CPU, timer({FASTEST: [5.0] * 3}))
+    assert outcome.entry.config == FASTEST
+
+
+def test_memory_that_is_not_written_is_a_difference():
+    """It may hold what another configuration wrote there."""
+
+    def call(input):
+        return torch.empty_like(input) if FORWARD.tried == FASTEST else input
+
+    unwritten = replace(workload(), call=call)
+    assert list(tune.tune_kernel(unwritten, CPU, timer({})).wrong) == [FASTEST]
+
+
+def test_what_cannot_be_launched_is_left_out():
+    failing = workload(results={FAST: RuntimeError("out of shared memory\nand more")})
+    outcome = tune.tune_kernel(failing, CPU, timer({FAST: [1.0] * 3, FASTEST: [5.0] * 3}))
+    assert outcome.failed == {FAST: "RuntimeError: out of shared memory"} and outcome.entry.config == FASTEST
+
+
+@pytest.fixture
+def options(monkeypatch):
+    monkeypatch.setattr(tune, "device_name", lambda device: GPU)
+    return tune.Options({}, ["float16"], 2.0, CPU, None, False)
+
+
+def test_the_time_limit_stops_and_keeps_what_was_measured(options, tmp_path):
+    """Minutes 0, 0 and 1 are before the end, minute 2 is not."""
+    minutes, path = iter([0.0, 0.0, 1.0, 2.0]), tmp_path / "table.json"
+    plan = [workload(FORWARD), workload(BACKWARD), workload(FORWARD)]
+    outcomes = tune.tune(plan, options, path, timer({FAST: [5.0] * 3}), lambda: 60 * next(minutes))
+    assert [outcome.workload for outcome in outcomes] == plan[:2]
+    assert {entry.kernel for entry in read_table(path, GPU).entries.values()} == {FORWARD.name, BACKWARD.name}
+
+
+def test_an_interruption_keeps_what_was_measured(options, tmp_path):
+    path, measure = tmp_path / "table.json", timer({FAST: [5.0] * 3})
+
+    def interrupted(works, inputs, device):
+        if BACKWARD.tried or path.exists():
+            raise KeyboardInterrupt
+        return measure(works, inputs, device)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune([workload(FORWARD), workload(BACKWARD)], options, path, interrupted)
+    assert [entry.kernel for entry in read_table(path, GPU).entries.values()] == [FORWARD.name]
+
+
+def test_other_entries_stay_and_what_no_longer_wins_goes(options, tmp_path):
+    path = tmp_path / "table.json"
+    old = [Entry(FORWARD.name, "float16", KEY, FAST), Entry(FORWARD.name, "float32", KEY, FAST)]
+    tuning.write_table(path, GPU, old, {})
+    tune.tune([workload()], options, path, timer({}))
+    assert list(read_table(path, GPU).entries.values()) == [old[1]]
+
+
+def test_a_table_that_is_not_kept_is_named(options, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    path.write_text("{")
+    tune.tune([workload()], options, path, timer({FAST: [5.0] * 3}))
+    assert f"not kept: {path} cannot be read" in capsys.readouterr().err
+    table = read_table(path, GPU)
+    assert len(table.entries) == 1 and json.loads(path.read_text())["versions"]["torch"] == torch.__version__
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVNEXT_KERNELS_TABLES", str(tmp_path))
+    assert main(["tune", "--dry-run", "--model", "convnext_tiny", "--dtype", "float16,tf32", "--minutes", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name, tunable in tuning.tunables().items() if "response" not in name)
+    assert "response_norm" not in shown and "tf32" in shown
+    assert "minutes predicted, of which --minutes allows 3" in shown and not list(tmp_path.iterdir())
+
+
+def test_the_most_frequent_widths_come_first():
+    blocks = tune.blocks_of(tune.list_models())
+    assert len(blocks) > 20 and next(iter(blocks)) == (384, 14)
+    assert blocks[96, 56] and not blocks[2048, 7]
+    tiny = tune.blocks_of(["convnext_tiny"])
+    assert tiny == {(96, 56): False, (192, 28): False, (384, 14): False, (768, 7): False}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model", "resnet"], "--model: got 'resnet'"),
+        (["--widths", "96,x"], "--widths: got 'x'"),
+        (["--widths", "0"], "--widths: got 0"),
+        (["--dtype", "float64"], "--dtype: got 'float64'"),
+        (["--minutes", "0"], "--minutes: got 0.0"),
+        (["--minutes", "nan"], "--minutes: got nan"),
+        (["--output", "/no/such/folder/table.json"], "--output: cannot write"),
+        (["--device", "toaster"], "--device: got 'toaster'"),
+        (["--device", "cpu"], "there is no GPU to measure on; --dry-run shows"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments, named, capsys):
+    assert main(["tune", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and named in captured.err
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As far as the arguments' check sees."""
+    monkeypatch.setattr(tune, "find_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(tune, "find_spec", lambda name: True)
+    monkeypatch.setattr(tune, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "message"),
+    [
+        (torch.cuda, "is_current_stream_capturing", lambda: True, "captured into a CUDA graph"),
+        (tune, "interpreting", lambda: True, "TRITON_INTERPRET=1"),
+        (tune, "find_spec", lambda name: None, "triton is not installed"),
+    ],
+)
+def test_where_nothing_can_be_timed(a_gpu, monkeypatch, capsys, owner, name, value, message):
+    monkeypatch.setattr(owner, name, value)
+    assert main(["tune"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_exit_code_and_where_it_is_read(a_gpu, monkeypatch, capsys, tmp_path, wrong):
+    """Another result of a candidate is a failed check."""
+    outcome = tune.Outcome(
+        workload(), Entry(FORWARD.name, "float16", KEY, FAST, 1.25), {FASTEST: "off"} if wrong else {}
+    )
+    monkeypatch.setattr(tune, "device_name", lambda device: GPU)
+    monkeypatch.setattr(tune, "planned", lambda options: [workload()])
+    monkeypatch.setattr(tune, "tune", lambda plan, options, path: [outcome])
+    path = tmp_path / "mine.json"
+    assert main(["tune", "--output", str(path)]) == int(wrong)
+    captured = capsys.readouterr()
+    assert "1.25x" in captured.out and "1 of 1 kernels measured, 1 faster" in captured.out
+    assert f"wrote {path}" in captured.err and "under the name nvidia-test-1.json" in captured.err
+    assert ("refused: layer_norm.forward_kernel" in captured.out) == wrong
+
+
+def test_info_shows_the_table_in_use_and_what_is_ignored(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "nvidia-test-1.json"
+    monkeypatch.setenv("CONVNEXT_KERNELS_TABLES", str(tmp_path))
+    gpu = {"index": 0, "name": GPU, "capability": [9, 0], "memory_bytes": 2**30, "l2_cache_bytes": 2**20}
+    monkeypatch.setattr(info, "machine", lambda: {"cpu": "x", "cores": 1, "threads": 1, "gpus": [gpu]})
+    build = {**info.build_info(), "device_code": {"cuda:0": "none"}}
+    monkeypatch.setattr(info, "build_info", lambda: build)
+    for content, shown in (
+        (None, "launches on NVIDIA Test 1  by rule"),
+        ([Entry(FORWARD.name, "float16", KEY, FAST)], f"1 measured ({path})"),
+        ("{", f"ignored: {path} cannot be read"),
+    ):
+        if isinstance(content, str):
+            path.write_text(content)
+        elif content is not None:
+            tuning.write_table(path, GPU, content, {})
+        tuning.forget_tables()
+        assert main(["info"]) == 0
+        assert shown in " ".join(capsys.readouterr().out.split("\n"))
+    tuning.forget_tables()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVNEXT_KERNELS_TABLES", str(tmp_path))
+    tuning.forget_tables()
+    assert main(["tune", "--widths", "96", "--dtype", "float16", "--minutes", "0.5"]) == 0
+    name = torch.cuda.get_device_name()
+    table = read_table(tmp_path / tuning.file_name(name), name)
+    assert table.files and not table.problems
+    for entry in table.entries.values():
+        tunable, input = tuning.tunables()[entry.kernel], torch.empty(0, device="cuda", dtype=torch.float16)
+        assert tunable(input, *entry.key) == entry.config and entry.speedup > 1
+    tuning.forget_tables()
