@@ -41,7 +41,6 @@ WIDE_CANDIDATES = [
     MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
 ]
 NARROW_CANDIDATES = [
-    MatmulConfig(block_m=128, block_n=64, block_k=64, warps=4, stages=3),
     MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=4),
     MatmulConfig(block_m=64, block_n=128, block_k=64, warps=8, stages=3),
@@ -101,8 +100,9 @@ def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int)
 
 
 def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """As `matmul_candidates`."""
-    return matmul_candidates(columns, 0, bits, needs_registers)
+    """As `matmul_candidates`, with at most 64 accumulators a thread: beside the sums of rows more spill on sm_80."""
+    candidates = matmul_candidates(columns, 0, bits, needs_registers)
+    return [c for c in candidates if c.block_m * c.block_n <= 64 * 32 * c.warps]
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)

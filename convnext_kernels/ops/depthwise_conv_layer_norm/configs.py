@@ -25,7 +25,7 @@ def fused_candidates(width: int, channels: int, size: int) -> list[TileConfig]:
     padded = next_power_of_2(channels)
     return [
         TileConfig(elements // padded, padded, warps)
-        for elements, warps in ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 16))
+        for elements, warps in ((512, 4), (1024, 4), (1024, 8), (2048, 8), (2048, 16))
         if 2 <= elements // padded <= min(16, max(2, width_class(width)))
     ]
 
