@@ -1,7 +1,6 @@
 """Launch configurations: each candidate gives the same results, and only tables that can be trusted are used."""
 
 import json
-import os
 import warnings
 from dataclasses import asdict, astuple, replace
 from types import SimpleNamespace
@@ -12,9 +11,10 @@ from support import device_of
 
 from convnext_kernels import parity
 from convnext_kernels.cli import tune
+from convnext_kernels.cli.tune import write_table
 from convnext_kernels.cli.workloads import PRECISIONS, workloads
 from convnext_kernels.ops.common import tuning
-from convnext_kernels.ops.common.tuning import Entry, read_table, trying, tunables, write_table
+from convnext_kernels.ops.common.tuning import Entry, read_table, trying, tunables
 from convnext_kernels.ops.layer_norm import configs as layer_norm
 
 GPU = "NVIDIA Test 1"
@@ -94,7 +94,7 @@ def on_gpu(dtype=torch.float16, device="cuda:0"):
 
 def test_a_measured_configuration_is_used_where_it_was_measured(folder):
     assert FASTER != RULE and FASTER in layer_norm.FORWARD.candidates((96,))
-    write_table(folder / "nvidia-test-1.json", GPU, [ENTRY], {})
+    write_table(folder / "nvidia-test-1.json", GPU, [ENTRY])
     assert layer_norm.FORWARD(on_gpu(), 96) == FASTER
     assert layer_norm.FORWARD(on_gpu(torch.float32), 96) == RULE
     assert layer_norm.FORWARD(on_gpu(), 80) == layer_norm.norm_config(80)
@@ -104,9 +104,9 @@ def test_a_measured_configuration_is_used_where_it_was_measured(folder):
 
 def test_the_user_s_table_wins_over_the_package_s(folder):
     packaged = [replace(ENTRY, config=RULE), replace(ENTRY, dtype="bfloat16")]
-    write_table(folder / "package" / "nvidia-test-1.json", GPU, packaged, {})
+    write_table(folder / "package" / "nvidia-test-1.json", GPU, packaged)
     assert layer_norm.FORWARD(on_gpu(), 96) == RULE
-    write_table(folder / "nvidia-test-1.json", GPU, [ENTRY], {})
+    write_table(folder / "nvidia-test-1.json", GPU, [ENTRY])
     assert layer_norm.FORWARD(on_gpu(), 96) == FASTER
     assert layer_norm.FORWARD(on_gpu(torch.bfloat16), 96) == FASTER
 
@@ -194,17 +194,17 @@ def test_a_table_is_written_and_read(tmp_path):
         for workload in SMALL
         for config in workload.tunable.candidates(workload.key)[-1:]
     ]
-    write_table(path, GPU, every, {"torch": "2.15"})
+    write_table(path, GPU, every)
     table = read_table(path, GPU)
     assert table.entries == {entry.name: entry for entry in every} and not table.problems
-    assert json.loads(path.read_text())["versions"] == {"torch": "2.15"}
+    assert json.loads(path.read_text())["versions"]["torch"] == torch.__version__
     assert [found.name for found in path.parent.iterdir()] == ["table.json"]
 
 
 @pytest.mark.parametrize("interrupted", ["replace", "write"])
 def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch, interrupted):
     path = tmp_path / "table.json"
-    write_table(path, GPU, [ENTRY], {})
+    write_table(path, GPU, [ENTRY])
     before = path.read_bytes()
 
     def interrupt(*arguments, **options):
@@ -215,11 +215,11 @@ def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch, interr
         raise KeyboardInterrupt
 
     if interrupted == "replace":
-        monkeypatch.setattr(os, "replace", interrupt)
+        monkeypatch.setattr(type(path), "replace", interrupt)
     else:
         monkeypatch.setattr(type(path), "write_text", half)
     with pytest.raises(KeyboardInterrupt):
-        write_table(path, GPU, [], {})
+        write_table(path, GPU, [])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 

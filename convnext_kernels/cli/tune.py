@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from convnext_kernels.backends import interpreting
 from convnext_kernels.cli.errors import CommandError, at_least, names, writable
 from convnext_kernels.cli.machine import device_name, find_device, versions
 from convnext_kernels.cli.measure import Timing, captured, measure_over, over, rotation, warm_up
-from convnext_kernels.cli.output import console
+from convnext_kernels.cli.output import console, save_json
 from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
 from convnext_kernels.model import list_models
 from convnext_kernels.ops.common.launch import architecture
@@ -35,10 +35,11 @@ from convnext_kernels.ops.common.tuning import (
     Entry,
     Name,
     file_name,
+    forget_tables,
     read_table,
+    table_content,
     trying,
     user_folder,
-    write_table,
 )
 from convnext_kernels.variants import VARIANTS
 
@@ -224,6 +225,13 @@ def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in
     return replace(outcome, entry=Entry(*workload.name, best[0], round(best[1], 3)))
 
 
+def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
+    """Writes a table in one step; from now on launches read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_json(path, table_content(gpu, entries, versions()))
+    forget_tables()
+
+
 def tune(
     plan: Sequence[Workload],
     options: Options,
@@ -253,7 +261,7 @@ def tune(
             entries.pop(workload.name, None)
             if outcome.entry is not None:
                 entries[workload.name] = outcome.entry
-            write_table(path, gpu, entries.values(), versions())
+            write_table(path, gpu, entries.values())
             progress.advance(bar)
     return outcomes
 

@@ -130,7 +130,7 @@ def test_an_interruption_keeps_what_was_measured(options, tmp_path):
 def test_other_entries_stay_and_what_no_longer_wins_goes(options, tmp_path):
     path = tmp_path / "table.json"
     old = [Entry(FORWARD.name, "float16", KEY, FAST), Entry(FORWARD.name, "float32", KEY, FAST)]
-    tuning.write_table(path, GPU, old, {})
+    tune.write_table(path, GPU, old)
     tune.tune([workload()], options, path, timer({}))
     assert list(read_table(path, GPU).entries.values()) == [old[1]]
 
@@ -236,7 +236,7 @@ def test_info_shows_the_table_in_use_and_what_is_ignored(capsys, monkeypatch, tm
         if isinstance(content, str):
             path.write_text(content)
         elif content is not None:
-            tuning.write_table(path, GPU, content, {})
+            tune.write_table(path, GPU, content)
         tuning.forget_tables()
         assert main(["info"]) == 0
         assert shown in " ".join(capsys.readouterr().out.split("\n"))

@@ -165,8 +165,8 @@ def read_table(path: Path, gpu: str) -> GpuTable:
     return GpuTable(entries, [path], problems)
 
 
-def write_table(path: Path, gpu: str, entries: Iterable[Entry], versions: Mapping[str, str | None]) -> None:
-    """Writes a table in one step: whoever reads it meanwhile, or after an interruption, finds the old one.
+def table_content(gpu: str, entries: Iterable[Entry], versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """A table as plain data for JSON.
 
     Args:
         versions: of what it was measured with; recorded, not compared.
@@ -175,15 +175,7 @@ def write_table(path: Path, gpu: str, entries: Iterable[Entry], versions: Mappin
         {**asdict(entry), "key": dict(zip(tunables()[entry.kernel].parameters, entry.key, strict=True))}
         for entry in sorted(entries, key=lambda entry: entry.name)
     ]
-    content = {"format": FORMAT, "gpu": gpu, "versions": dict(versions), "entries": records}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    forget_tables()
+    return {"format": FORMAT, "gpu": gpu, "versions": dict(versions), "entries": records}
 
 
 def user_folder() -> Path:
