@@ -11,7 +11,7 @@ import torch
 
 __version__ = "0.1.0"
 
-_LIBRARY = "convnext_kernels._C"
+_LIBRARY = f"{__package__}._C"
 
 
 @functools.cache

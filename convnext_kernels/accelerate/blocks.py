@@ -20,6 +20,10 @@ GRN_EPS = 1e-6
 """Of the hosts whose response norm has it in its code rather than in an attribute."""
 
 
+SAME_AS_HOST = "same_as_host"
+"""Attribute of functions that may be the forward of a module below a block: they compute what its host's does."""
+
+
 class Parts(NamedTuple):
     """A block's modules by the role they have; None: the block has none."""
 
@@ -76,7 +80,8 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
             return f"its `{prefix}{name}` is a {type(child).__name__} and was a {kind.__name__}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"hooks sit on its `{prefix}{name}`"
-        if "forward" in child.__dict__:
+        forward = child.__dict__.get("forward")
+        if forward is not None and not getattr(forward, SAME_AS_HOST, False):
             return f"the forward of its `{prefix}{name}` has been replaced"
         if below and (change := change_below(child, below, f"{prefix}{name}.")):
             return change
@@ -104,11 +109,16 @@ class AcceleratedBlock(Swapped):
         if change is not None:
             _warn_host_forward(type(self).__name__, change)
             return super().forward(input)
-        arguments = block_arguments(self, self.wiring, input)
-        adapter = self.wiring.adapter
-        if adapter.checkpoint and getattr(self, adapter.checkpoint, False) and input.requires_grad:
-            return checkpoint(run_block, input, arguments, self.chained, adapter.follows_input, use_reentrant=False)
-        return run_block(input, arguments, self.chained, adapter.follows_input)
+        return wired_forward(self, self.wiring, input, self.chained)
+
+
+def wired_forward(block: nn.Module, wiring: Wiring, input: Tensor, chained: bool = False) -> Tensor:
+    """What a host's block computes, by our operator; checkpointed where the host does it."""
+    arguments = block_arguments(block, wiring, input)
+    adapter = wiring.adapter
+    if adapter.checkpoint and getattr(block, adapter.checkpoint, False) and input.requires_grad:
+        return checkpoint(run_block, input, arguments, chained, adapter.follows_input, use_reentrant=False)
+    return run_block(input, arguments, chained, adapter.follows_input)
 
 
 def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> dict[str, Any]:

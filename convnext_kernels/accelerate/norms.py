@@ -24,21 +24,26 @@ class AcceleratedNorm(Swapped):
     def forward(self, input: Tensor | None = None, **named: Any) -> Tensor:
         if input is None:
             (input,) = named.values()
-        return _normalise(input, self.weight, self.bias, self.eps, self.chained)
+        return normalise(input, self.weight, self.bias, self.eps, self.chained)
 
 
 @torch.fx.wrap
-def _normalise(input: Tensor, weight: Tensor, bias: Tensor, eps: float, chained: bool) -> Tensor:
+def normalise(input: Tensor, weight: Tensor, bias: Tensor, eps: float, chained: bool = False) -> Tensor:
+    """`functional.layer_norm` in the dtype of a host's result."""
     return as_host(functional.layer_norm(input, weight, bias, eps=eps), input, chained)
 
 
-def may_be_norm(module: nn.Module, parent: nn.Module) -> bool:
-    """Whether a module's class, parameters and place (beside a convolution) are those of such a norm."""
+def may_be_norm(module: nn.Module) -> bool:
+    """Whether a module's class and parameters are those of such a norm."""
     return (
         type(module).__name__.endswith(CLASS_NAMES)
         and type(module) is not nn.LayerNorm
         and {name for name, parameter in module.named_parameters()} == {"weight", "bias"}
         and all(parameter.dim() == 1 for parameter in module.parameters())
         and isinstance(getattr(module, "eps", None), float)
-        and any(isinstance(sibling, nn.Conv2d) for sibling in parent.children())
     )
+
+
+def beside_convolution(parent: nn.Module) -> bool:
+    """Whether the children of a module have the place of such norms."""
+    return any(isinstance(child, nn.Conv2d) for child in parent.children())

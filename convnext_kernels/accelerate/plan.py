@@ -10,7 +10,7 @@ from torch import nn
 from convnext_kernels.accelerate.adapters import BlockAdapter
 from convnext_kernels.accelerate.blocks import AcceleratedBlock
 from convnext_kernels.accelerate.examine import examine_block, find_adapter, outside_reason
-from convnext_kernels.accelerate.norms import AcceleratedNorm, may_be_norm
+from convnext_kernels.accelerate.norms import AcceleratedNorm, beside_convolution, may_be_norm
 from convnext_kernels.accelerate.probe import TOLERANCE, block_difference, norm_difference, plain_attributes
 from convnext_kernels.accelerate.swap import Swapped
 
@@ -49,10 +49,11 @@ def plan_blocks(model: nn.Module, filter: Filter | None) -> Iterator[tuple[str, 
         elif adapter is None:
             yield name, str(outside)
         else:
-            yield name, _plan_block(module, adapter, differences)
+            yield name, plan_block(module, adapter, differences)
 
 
-def _plan_block(block: nn.Module, adapter: BlockAdapter, differences: dict[Any, float]) -> Step | str:
+def plan_block(block: nn.Module, adapter: BlockAdapter, differences: dict[Any, float]) -> Step | str:
+    """The swap of a block, or the reason against it; `differences` keeps what was found for blocks that are alike."""
     wiring = examine_block(block, adapter)
     if isinstance(wiring, str):
         return wiring
@@ -70,16 +71,18 @@ def _plan_block(block: nn.Module, adapter: BlockAdapter, differences: dict[Any, 
 def plan_norms(model: nn.Module, blocks: Iterable[str], filter: Filter | None) -> Iterator[tuple[str, Step]]:
     """The layer norms that ours can take the place of, outside of the blocks, whose names are given."""
     inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
-    for prefix, parent in model.named_modules():
+    parents = ((prefix, parent) for prefix, parent in model.named_modules() if beside_convolution(parent))
+    for prefix, parent in parents:
         for name, module in parent.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            if id(module) in inside or isinstance(module, Swapped) or not may_be_norm(module, parent):
+            if id(module) in inside or isinstance(module, Swapped) or not may_be_norm(module):
                 continue
-            if (filter is None or filter(path, module)) and _is_norm_over_channels(module):
+            if (filter is None or filter(path, module)) and is_norm_over_channels(module):
                 yield path, Step(module, AcceleratedNorm, None, type(module).__name__)
 
 
-def _is_norm_over_channels(module: nn.Module) -> bool:
+def is_norm_over_channels(module: nn.Module) -> bool:
+    """Whether a norm is what ours is, tried on a copy."""
     try:
         return norm_difference(module) <= TOLERANCE
     except Exception:  # one over the last dimension, say, cannot take images

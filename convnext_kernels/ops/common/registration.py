@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from convnext_kernels.backends import choose
 
-LIBRARY = torch.library.Library("convnext_kernels", "DEF")
+NAMESPACE = __name__.partition(".")[0]
+"""The package under the name it was imported by, so that a copy of it under another registers operators of its own."""
+
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 MODULES = {"reference": "reference", "triton": "triton_kernel", "cuda": "cuda_kernel"}
 
@@ -30,7 +33,7 @@ def _nothing_to_note(*_: Any) -> Mapping[str, Sequence[str]]:
 @cache
 def _backend_module(folder: str, backend: str) -> ModuleType:
     """The module of a backend, imported when it is first used: Triton may not be installed."""
-    return import_module(f"convnext_kernels.ops.{folder}.{MODULES[backend]}")
+    return import_module(f"{NAMESPACE}.ops.{folder}.{MODULES[backend]}")
 
 
 def _dense_vector(argument: Any) -> Any:
@@ -48,7 +51,7 @@ def define(
     limits: ForBackends,
     notes: ForBackends = _nothing_to_note,
 ) -> torch._ops.OpOverload:
-    """Registers `convnext_kernels::NAME`, run by `function` in the module of the backend chosen for each call.
+    """Registers `NAMESPACE::NAME`, run by `function` in the module of the backend chosen for each call.
 
     Args:
         folder: the operator's folder under `ops`.
@@ -73,8 +76,8 @@ def define(
 
     LIBRARY.define(f"{name}{schema}")
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"convnext_kernels::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.convnext_kernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def below_autograd(operator: torch._ops.OpOverload, *arguments: Any) -> Any:

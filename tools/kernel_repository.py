@@ -1,0 +1,80 @@
+"""Lays out the package as a repository that Hugging Face's `kernels` loads:
+
+    python -m tools.kernel_repository DIR
+
+DIR/build.toml and DIR/torch-ext/ are what kernel-builder builds from, DIR/build/torch-BACKEND/ what `kernels` loads.
+
+`kernels` imports a repository under a name of its own, so that several versions can lie beside each other and beside an
+installed package. The package's imports of itself, which are absolute, are therefore made relative; its operators
+register under the name that it is imported by. Only what the layers need is taken: it needs PyTorch and Triton.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "convnext_kernels"
+PARTS = ("accelerate", "ops", "backends.py", "build.py", "functional.py", "layers.py", "reference.py", "variants.py")
+INIT = '''"""ConvNeXt on fused kernels."""
+
+from . import functional, layers
+
+__all__ = ["functional", "layers"]
+'''
+OWN_IMPORT = re.compile(rf"^( *)from {PACKAGE}(?:\.([\w.]+))? import\b", re.MULTILINE)
+
+
+def with_relative_imports(source: str, depth: int) -> str:
+    """The source of a module that lies `depth` folders below the package."""
+    return OWN_IMPORT.sub(lambda found: f"{found[1]}from {'.' * (depth + 1)}{found[2] or ''} import", source)
+
+
+def sources() -> dict[str, str]:
+    """The kernel's files by their paths."""
+    package = ROOT / PACKAGE
+    paths = [
+        file
+        for part in PARTS
+        for file in ([package / part] if part.endswith(".py") else (package / part).rglob("*.py"))
+    ]
+    names = {path.relative_to(package): path.read_text() for path in sorted(paths)}
+    files = {str(name): with_relative_imports(source, len(name.parent.parts)) for name, source in names.items()}
+    return {"__init__.py": INIT, **files}
+
+
+def lay_out(directory: Path) -> None:
+    """Writes the repository into a new directory."""
+    general = tomllib.loads((ROOT / "build.toml").read_text())["general"]
+    files = sources()
+    revision = hashlib.sha256(repr(files).encode()).hexdigest()[:7]
+    directory.mkdir(parents=True)
+    shutil.copy(ROOT / "build.toml", directory)
+    write(files, directory / "torch-ext" / PACKAGE)
+    for backend in general["backends"]:
+        metadata = {
+            "name": general["name"],
+            "id": f"_{PACKAGE}_{backend}_{revision}",
+            "version": general["version"],
+            "license": general["license"],
+            "python-depends": [],
+            "backend": {"type": backend},
+        }
+        write({**files, "metadata.json": json.dumps(metadata)}, directory / "build" / f"torch-{backend}")
+
+
+def write(files: dict[str, str], folder: Path) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, help="a new directory")
+    lay_out(parser.parse_args().directory)
