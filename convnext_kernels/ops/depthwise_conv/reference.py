@@ -62,7 +62,8 @@ def backward(
             input.shape[1],
             [False, True, False],
         )
-        grad_weight = grad_weight.to(statistics_dtype(input)).contiguous()
+        # DDP wants the parameter's strides, of dimensions of size 1 too; contiguous() leaves those as they are.
+        grad_weight = grad_weight.to(statistics_dtype(input)).flatten(1).view(grad_weight.shape)
     if wanted[2]:
         grad_bias = grad_output.sum((0, 2, 3), dtype=statistics_dtype(input))
     return grad_input, grad_weight, grad_bias
