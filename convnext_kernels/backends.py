@@ -180,20 +180,21 @@ def choose(
     Raises:
         BackendError: the backend asked for by name cannot run the call.
     """
-    reasons: dict[str, tuple[str, ...]] = {}
-    chosen = None
-    for backend in BACKENDS:
-        if backend in limits:
-            by_name = requested == backend
-            reasons[backend] = (*machine_reasons(backend, input.device, input.dtype, by_name), *limits[backend])
-        else:
-            reasons[backend] = (f"no {backend} kernels yet",)
-        if chosen is None and not reasons[backend] and requested in ("auto", backend):
-            chosen = backend
+    device, dtype = input.device, input.dtype
+
+    def reasons_against(backend: str) -> tuple[str, ...]:
+        if backend not in limits:
+            return (f"no {backend} kernels yet",)
+        return (*machine_reasons(backend, device, dtype, requested == backend), *limits[backend])
+
+    # The reasons against every backend are looked up only for a message.
+    candidates = BACKENDS if requested == "auto" else (requested,)
+    chosen = next((backend for backend in candidates if not reasons_against(backend)), None)
     if _explaining.get():
+        reasons = {backend: reasons_against(backend) for backend in BACKENDS}
         raise ExplanationReached(Explanation(operator, requested, chosen, reasons, notes()))
     if chosen is None:
-        raise BackendError(f"{operator}: backend {requested!r} cannot run: {'; '.join(reasons[requested])}")
-    if chosen == "reference" and requested == "auto" and input.is_cuda:
-        _warn_slow_path(operator, "; ".join(f"{name}: {', '.join(reasons[name])}" for name in BACKENDS[:-1]))
+        raise BackendError(f"{operator}: backend {requested!r} cannot run: {'; '.join(reasons_against(requested))}")
+    if chosen == "reference" and requested == "auto" and device.type == "cuda":
+        _warn_slow_path(operator, "; ".join(f"{name}: {', '.join(reasons_against(name))}" for name in BACKENDS[:-1]))
     return chosen

@@ -76,23 +76,25 @@ class ConvNeXtBlock(ReferenceBlock):
         self.backend = None if backend is None else check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        drops, grn = self.training and self.drop_path > 0, self.grn
+        # Each look at a part costs a call of Module.__getattr__.
+        dwconv, norm, pwconv1, grn, pwconv2 = self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2
+        drops = self.training and self.drop_path > 0
         return functional.convnext_block(
             input,
-            self.dwconv.weight,
-            self.dwconv.bias,
-            self.norm.weight,
-            self.norm.bias,
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
+            dwconv.weight,
+            dwconv.bias,
+            norm.weight,
+            norm.bias,
+            pwconv1.weight,
+            pwconv1.bias,
+            pwconv2.weight,
+            pwconv2.bias,
             layer_scale=self.gamma,
             drop_path_factor=drop_path_factor(input, self.drop_path) if drops else None,
             grn_weight=None if grn is None else grn.gamma.flatten(),
             grn_bias=None if grn is None else grn.beta.flatten(),
-            dilation=self.dwconv.dilation[0],
-            eps=self.norm.eps,
+            dilation=dwconv.dilation[0],
+            eps=norm.eps,
             grn_eps=1e-6 if grn is None else grn.eps,
             activation=self.activation,
             recompute_hidden=self.recompute_hidden,

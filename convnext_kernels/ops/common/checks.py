@@ -37,8 +37,8 @@ def check_parameter(name: str, parameter: Tensor | None, shape: tuple[int, ...],
     check_tensor(name, parameter)
     if parameter.shape != shape:
         raise ValueError(f"{name}: got shape {list(parameter.shape)}; accepted: {list(shape)}")
-    accepted = (torch.float64,) if input.dtype == torch.float64 else (input.dtype, torch.float32)
-    if parameter.dtype not in accepted:
+    if parameter.dtype != input.dtype and (parameter.dtype != torch.float32 or input.dtype == torch.float64):
+        accepted = [input.dtype] if input.dtype == torch.float64 else [input.dtype, torch.float32]
         names = " or ".join(map(str, dict.fromkeys(accepted)))
         raise TypeError(f"{name}: got dtype {parameter.dtype}; accepted: {names} with an input of {input.dtype}")
     if parameter.device != input.device:

@@ -36,11 +36,6 @@ def _backend_module(folder: str, backend: str) -> ModuleType:
     return import_module(f"{NAMESPACE}.ops.{folder}.{MODULES[backend]}")
 
 
-def _dense_vector(argument: Any) -> Any:
-    """Kernels, oneDNN's linear layer among them, read biases and other vectors without a stride."""
-    return argument.contiguous() if isinstance(argument, Tensor) and argument.dim() == 1 else argument
-
-
 def define(
     folder: str,
     name: str,
@@ -65,8 +60,11 @@ def define(
     """
 
     def implementation(*arguments: Any) -> Any:
-        *arguments_but_backend, backend = map(_dense_vector, arguments)
-        input: Tensor = arguments[0]
+        # Kernels, oneDNN's linear layer among them, read biases and other vectors without a stride.
+        arguments_but_backend = [
+            a.contiguous() if isinstance(a, Tensor) and a.dim() == 1 else a for a in arguments[:-1]
+        ]
+        input, backend = arguments[0], arguments[-1]
         chosen = choose(name, backend, input, limits(*arguments_but_backend), lambda: notes(*arguments_but_backend))
         run = getattr(_backend_module(folder, chosen), function)
         if torch.is_autocast_enabled(input.device.type):
@@ -96,10 +94,14 @@ def _any_tangent(arguments: Sequence[Any]) -> bool:
     )
 
 
-def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> None:
+def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Makes `function` the operator's gradient; calls that need none go straight to the kernels.
 
     Derivatives that `function` lacks, those of forward mode among them, are PyTorch's error to raise.
+
+    Returns:
+        The operator as Python calls it. The dispatcher, which would only come back here, is asked where something lies
+        above autograd: a compiler or a transform of `torch.func`. What lies below, modes among them, sees every call.
     """
 
     def autograd(*arguments: Any) -> Any:
@@ -108,7 +110,13 @@ def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd
             return function.apply(*arguments)
         return below_autograd(operator, *arguments)
 
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return operator(*arguments)
+        return autograd(*arguments)
+
     LIBRARY.impl(operator._schema.name.split("::")[1], autograd, "Autograd")
+    return call
 
 
 def gradient_of_output(

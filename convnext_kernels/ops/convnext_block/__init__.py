@@ -6,7 +6,7 @@ from torch import Tensor
 
 from convnext_kernels.backends import requested_backend
 from convnext_kernels.ops.common.checks import autocast, check_input
-from convnext_kernels.ops.convnext_block.operator import FORWARD
+from convnext_kernels.ops.convnext_block.operator import CALL
 from convnext_kernels.ops.depthwise_conv import check_filter
 from convnext_kernels.ops.layer_norm import check_norm
 from convnext_kernels.ops.mlp import check_mlp
@@ -82,7 +82,7 @@ def convnext_block(
     check_mlp(
         input, weight1, bias1, weight2, bias2, layer_scale, drop_path_factor, grn_weight, grn_bias, grn_eps, activation
     )
-    return FORWARD(
+    return CALL(
         input,
         conv_weight,
         conv_bias,

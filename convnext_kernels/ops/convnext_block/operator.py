@@ -178,4 +178,4 @@ class _Block(torch.autograd.Function):
         return *branch, None, grad_grn_weight, grad_grn_bias, *(None,) * 7
 
 
-differentiate(FORWARD, _Block)
+CALL = differentiate(FORWARD, _Block)

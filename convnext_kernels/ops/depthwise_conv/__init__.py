@@ -6,7 +6,7 @@ from torch import Tensor
 
 from convnext_kernels.backends import requested_backend
 from convnext_kernels.ops.common.checks import autocast, check_input, check_parameter, check_tensor
-from convnext_kernels.ops.depthwise_conv.operator import FORWARD
+from convnext_kernels.ops.depthwise_conv.operator import CALL
 
 
 def check_filter(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, prefix: str = "") -> None:
@@ -52,4 +52,4 @@ def depthwise_conv2d(
     check_input(input, (4,))
     input = autocast(input)
     check_filter(input, weight, bias, dilation)
-    return FORWARD(input, weight, bias, dilation, requested_backend(backend))
+    return CALL(input, weight, bias, dilation, requested_backend(backend))

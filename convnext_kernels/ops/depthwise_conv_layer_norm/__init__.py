@@ -7,7 +7,7 @@ from torch import Tensor
 from convnext_kernels.backends import requested_backend
 from convnext_kernels.ops.common.checks import autocast, check_input
 from convnext_kernels.ops.depthwise_conv import check_filter
-from convnext_kernels.ops.depthwise_conv_layer_norm.operator import FORWARD
+from convnext_kernels.ops.depthwise_conv_layer_norm.operator import CALL
 from convnext_kernels.ops.layer_norm import check_norm
 
 
@@ -51,4 +51,4 @@ def depthwise_conv2d_layer_norm(
     input = autocast(input)
     check_filter(input, weight, bias, dilation)
     check_norm(input, norm_weight, norm_bias, eps, prefix="norm_")
-    return FORWARD(input, weight, bias, norm_weight, norm_bias, dilation, eps, False, requested_backend(backend))[0]
+    return CALL(input, weight, bias, norm_weight, norm_bias, dilation, eps, False, requested_backend(backend))[0]

@@ -118,4 +118,4 @@ class _DepthwiseConv2dLayerNorm(torch.autograd.Function):
         return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None, None, None)
 
 
-differentiate(FORWARD, _DepthwiseConv2dLayerNorm)
+CALL = differentiate(FORWARD, _DepthwiseConv2dLayerNorm)

@@ -7,7 +7,7 @@ from torch import Tensor
 from convnext_kernels.backends import requested_backend
 from convnext_kernels.ops.common.checks import autocast, check_input, check_parameter, check_positive
 from convnext_kernels.ops.common.layouts import channels
-from convnext_kernels.ops.layer_norm.operator import FORWARD
+from convnext_kernels.ops.layer_norm.operator import CALL
 
 
 def check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: str = "") -> None:
@@ -51,4 +51,4 @@ def layer_norm(
     check_input(input, (3, 4))
     input = autocast(input)
     check_norm(input, weight, bias, eps)
-    return FORWARD(input, weight, bias, eps, False, requested_backend(backend))[0]
+    return CALL(input, weight, bias, eps, False, requested_backend(backend))[0]

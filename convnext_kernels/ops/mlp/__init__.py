@@ -14,7 +14,7 @@ from convnext_kernels.ops.common.checks import (
     check_tensor,
 )
 from convnext_kernels.ops.common.layouts import channels
-from convnext_kernels.ops.mlp.operator import FORWARD
+from convnext_kernels.ops.mlp.operator import CALL
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -124,7 +124,7 @@ def mlp(
         input, weight1, bias1, weight2, bias2, layer_scale, drop_path_factor, grn_weight, grn_bias, grn_eps, activation
     )
     residual = _checked_residual(residual, input)
-    return FORWARD(
+    return CALL(
         input,
         weight1,
         bias1,

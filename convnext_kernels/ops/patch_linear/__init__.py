@@ -6,7 +6,7 @@ from torch import Tensor
 
 from convnext_kernels.backends import requested_backend
 from convnext_kernels.ops.common.checks import autocast, check_input, check_parameter, check_tensor
-from convnext_kernels.ops.patch_linear.operator import FORWARD
+from convnext_kernels.ops.patch_linear.operator import CALL
 
 
 def patch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -45,4 +45,4 @@ def patch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         raise ValueError(f"input: got {list(input.shape)}; accepted: H and W of at least the patch size {size}")
     check_parameter("weight", weight, tuple(weight.shape), input)
     check_parameter("bias", bias, (outputs,), input)
-    return FORWARD(input, weight, bias, requested_backend(backend))
+    return CALL(input, weight, bias, requested_backend(backend))

@@ -7,7 +7,7 @@ from torch import Tensor
 from convnext_kernels.backends import requested_backend
 from convnext_kernels.ops.common.checks import autocast, check_input, check_parameter, check_positive, check_tensor
 from convnext_kernels.ops.common.layouts import channels
-from convnext_kernels.ops.response_norm.operator import FORWARD
+from convnext_kernels.ops.response_norm.operator import CALL
 
 
 def global_response_norm(
@@ -42,4 +42,4 @@ def global_response_norm(
         check_tensor(name, parameter)
         check_parameter(name, parameter, (channels(input),), input)
     check_positive("eps", eps)
-    return FORWARD(input, weight, bias, eps, requested_backend(backend))[0]
+    return CALL(input, weight, bias, eps, requested_backend(backend))[0]

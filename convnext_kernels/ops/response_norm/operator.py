@@ -76,4 +76,4 @@ class _GlobalResponseNorm(torch.autograd.Function):
         return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None)
 
 
-differentiate(FORWARD, _GlobalResponseNorm)
+CALL = differentiate(FORWARD, _GlobalResponseNorm)
