@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.machine_code import WORKING
+WORKING = ("HMMA", "FFMA", "LDS", "LDSM", "STS", "LDG", "LDGSTS", "STG")
+"""Instructions that a kernel is there for: products, and accesses to memory."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from triton import knobs
 
+from benchmarks.kernel_work import WORKING
 from convnext_kernels.cli.errors import CommandError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,10 +249,6 @@ def _loops(edges: Sequence[Sequence[int]], live: set[int]) -> dict[int, set[int]
                 if header == 0 or 0 not in body:
                     loops.setdefault(header, set()).update(body)
     return loops
-
-
-WORKING = ("HMMA", "FFMA", "LDS", "LDSM", "STS", "LDG", "LDGSTS", "STG")
-"""Instructions that a kernel is there for: products, and accesses to memory."""
 
 
 def _postorder(start: int, body: set[int], edges: Sequence[Sequence[int]]) -> list[int]:

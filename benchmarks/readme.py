@@ -1,19 +1,26 @@
 """Writes the figures of README.md from the stored results: `python -m benchmarks.readme`.
 
 Between `<!-- results: FILE -->` and `<!-- end of results -->` stands the table of benchmarks/results/FILE, a JSON
-written by `convnext-kernels bench --json`.
+written by `convnext-kernels bench --json` or a record of `python -m benchmarks`; between `<!-- predicted: FILE -->` and
+`<!-- end of predicted -->` what `benchmarks.predicted` makes of one by `benchmarks.static_report`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import predicted, record
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SECTION = re.compile(r"(<!-- results: (?P<file>\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+SECTION = re.compile(
+    r"(?P<start><!-- (?P<kind>results|predicted): (?P<file>\S+) -->\n).*?(?P<end><!-- end of (?P=kind) -->)", re.DOTALL
+)
 
 
 def _row(row: dict[str, Any]) -> str:
@@ -31,8 +38,8 @@ def _row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(report: dict[str, Any]) -> str:
-    """The Markdown table of one benchmark, and where and when it was measured."""
+def _bench_table(report: dict[str, Any]) -> str:
+    """One run of `convnext-kernels bench`, and where and when it was measured."""
     arguments, versions = report["arguments"], report["versions"]
     size = f"batch {arguments['batch_size']} at {arguments['resolution']} px, {arguments['dtype']}"
     lines = [
@@ -46,12 +53,37 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _record_rows(content: dict[str, Any]) -> Iterator[str]:
+    """Ours of every whole model that has a time."""
+    for _, row in record.rows(content):
+        is_model = "model" in row["case"] and not row["case"]["mode"].startswith("block")
+        if not (is_model and record.is_ours(row["contender"]) and "images/s" in row["figures"]):
+            continue
+        values = {name: figure["value"] for name, figure in row["figures"].items()}
+        rate = row.get("refused") or f"{values['images/s']:.0f}"
+        over = (f"{value:.2f}x {name.removeprefix('speedup over ')}" for name, value in values.items() if value)
+        yield f"| {record.label(row['case'])} | {rate} | {', '.join(text for text in over if 'images/s' not in text)} |"
+
+
+def _record_table(content: dict[str, Any]) -> str:
+    """The whole models of a record, and where and when they were measured."""
+    head = ["| ours | images/s | beside |", "| --- | --: | --- |"]
+    return "\n".join([f"{record.machine(content)}:", "", *head, *_record_rows(content)])
+
+
+def table(kind: str, path: Path) -> str:
+    """The Markdown table of a stored result."""
+    if kind == "predicted":
+        return predicted.table(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return _record_table(record.load(path)) if content.get("kind") == record.KIND else _bench_table(content)
+
+
 def filled(text: str) -> str:
-    """The README's text with every section of results written anew."""
+    """The README's text with every section written anew."""
 
     def section(match: re.Match[str]) -> str:
-        report = json.loads((ROOT / "benchmarks" / "results" / match["file"]).read_text())
-        return f"{match[1]}\n{table(report)}\n\n{match[3]}"
+        return f"{match['start']}\n{table(match['kind'], RESULTS / match['file'])}\n\n{match['end']}"
 
     return SECTION.sub(section, text)
 

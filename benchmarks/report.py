@@ -17,6 +17,7 @@ from benchmarks.record import Record, is_ours, load
 from convnext_kernels.cli.errors import CommandError, writable
 
 DPI = 130
+STATE_CLASSES = {"done": "good", "left out": "quiet"}
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #ffffff; --line: #d5dade; --quiet: #5d6873;
@@ -74,26 +75,28 @@ def _note(row: dict[str, Any]) -> Cell:
     return escape(f"without CUDA graphs: {row['no_graphs']}" if row.get("no_graphs") else ""), ""
 
 
-def _times(row: dict[str, Any]) -> list[Cell]:
-    peak = row.get("peak_bytes")
-    memory = ("" if peak is None else f"{peak / 2**20:,.0f}", "n")
-    if row.get("milliseconds") is None:
-        return [("", "n"), ("", "n"), memory]
-    lower, upper = row["quartiles"]
-    return [(f"{row['milliseconds']:.4g}", "n"), (f"{lower:.4g} to {upper:.4g}", "n"), memory]
+def _times(row: dict[str, Any], weighed: bool) -> list[Cell]:
+    """Median, quartiles and, where any result of the table has one, the peak of memory."""
+    times, peak = ["", ""], row.get("peak_bytes")
+    if row.get("milliseconds") is not None:
+        lower, upper = row["quartiles"]
+        times = [f"{row['milliseconds']:.4g}", f"{lower:.4g} to {upper:.4g}"]
+    memory = ["" if peak is None else f"{peak / 2**20:,.0f}"] if weighed else []
+    return [(text, "n") for text in [*times, *memory]]
 
 
 def _results(results: Sequence[dict[str, Any]]) -> str:
     """The table of results that share mode and dtype; a column for every entry of their cases and every figure."""
     entries = [key for key in dict.fromkeys(k for row in results for k in row["case"]) if key not in ("mode", "dtype")]
+    weighed = any(row.get("peak_bytes") is not None for row in results)
     figures = list(dict.fromkeys(name for row in results for name in row["figures"]))
-    numbers = ["ms", "quartiles, ms", "peak MiB", *figures]
+    numbers = ["ms", "quartiles, ms", *(["peak MiB"] if weighed else []), *figures]
     header = [*((escape(name), "") for name in [*entries, "contender"]), *((escape(name), "n") for name in numbers)]
     lines = []
     for row in results:
         case = [_text(row["case"].get(key)) for key in entries]
         of_figures = [_figure(row["figures"].get(name)) for name in figures]
-        cells = [*case, _text(row["contender"]), *_times(row), *of_figures, _note(row)]
+        cells = [*case, _text(row["contender"]), *_times(row, weighed), *of_figures, _note(row)]
         lines.append(("ours" if is_ours(row["contender"]) else "", cells))
     return _table([*header, ("", "")], lines)
 
@@ -168,7 +171,7 @@ def _machine(record: Record) -> str:
 def _overview(record: Record) -> str:
     lines = []
     for name, part in record["parts"].items():
-        state = (escape(part["state"]), "good" if part["state"] == "done" else "bad")
+        state = (escape(part["state"]), STATE_CLASSES.get(part["state"], "bad"))
         cells = [_text(name), state, _text(part.get("reason")), _text(part.get("seconds")), _text(len(part["results"]))]
         lines.append(("", cells))
     header = [("part", ""), ("state", ""), ("", ""), ("seconds", "n"), ("results", "n")]

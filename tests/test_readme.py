@@ -1,26 +1,47 @@
 """README.md shows what was measured, and its examples run."""
 
+import json
 import re
 
 import pytest
 
-from benchmarks import readme
+from benchmarks import readme, record
 
 TEXT = readme.README.read_text()
+SECTIONS = list(readme.SECTION.finditer(TEXT))
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_figures_are_those_of_the_results():
-    assert readme.SECTION.search(TEXT)
+    assert {section["kind"] for section in SECTIONS} == {"results", "predicted"}
     assert readme.filled(TEXT) == TEXT
 
 
-def test_changed_figures_would_be_seen():
-    section = readme.SECTION.search(TEXT)
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section["file"])
+def test_changed_figures_would_be_seen(section):
     figure = re.search(r"\| (\d+\.\d) \|", section[0])
-    changed = TEXT.replace(figure[0], f"| {float(figure[1]) + 0.1:.1f} |")
+    changed = TEXT.replace(section[0], section[0].replace(figure[0], f"| {float(figure[1]) + 0.1:.1f} |"))
     assert changed != TEXT
     assert readme.filled(changed) == TEXT
+
+
+def test_a_record_has_a_table_of_whole_models(tmp_path):
+    """Ours alone; what was refused has its reason in place of a speed."""
+    figures = {"images/s": {"value": 1234.4}, "speedup over PyTorch eager": {"value": 2.5}}
+    row = {"case": {"mode": "inference", "model": "convnext_tiny", "batch": 128}, "contender": "convnext-kernels"}
+    row |= {"milliseconds": 2.0, "quartiles": [1.9, 2.1], "figures": figures}
+    refused = row | {"figures": {name: {"value": None} for name in figures}, "refused": "parity failed"}
+    block = row | {"case": {"mode": "block 1, forward", "model": "convnext_tiny"}}
+    results = [row, refused, block, row | {"contender": "PyTorch eager"}]
+    content = {"kind": record.KIND, "format": record.FORMAT, "device": "GPU", "driver": "580", "date": "2026-01-02"}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(content | {"parts": {"models": {"state": "done", "results": results}}}))
+    assert readme.table("results", path).splitlines()[2:] == [
+        "| ours | images/s | beside |",
+        "| --- | --: | --- |",
+        "| inference, convnext_tiny, batch 128 | 1234 | 2.50x PyTorch eager |",
+        "| inference, convnext_tiny, batch 128 | parity failed |  |",
+    ]
 
 
 def test_two_commands_of_one_line_each():
