@@ -107,7 +107,7 @@ def gpus(path: Path = STATIC_REPORT) -> list[Gpu]:
 def _mlp_seconds(gpu: Gpu, channels: int, tokens: int, precision: Precision) -> float:
     """With norm, layer scale and residual: one kernel where the library has one, else a norm and two products."""
     weights, flops = 8 * channels**2, 16 * channels**2 * tokens
-    if fused_config(channels, precision.dtype, int(gpu.architecture.rstrip("a"))) is not None:
+    if precision is HALF and fused_config(channels, int(gpu.architecture.rstrip("a"))) is not None:
         return gpu.product_seconds(3 * channels * tokens + weights, flops, precision)
     norm = gpu.memory_seconds(2 * channels * tokens, precision)
     first = gpu.product_seconds(5 * channels * tokens + weights / 2, flops / 2, precision)
