@@ -127,6 +127,28 @@ def test_results_lie_in_memory_as_the_hosts(host, autocast):
                 assert got[name].is_contiguous() == output.is_contiguous(), name
 
 
+@pytest.mark.parametrize("name", ["timm tiny", "timm V2 atto", "torchvision", "transformers", "transformers V2"])
+def test_drop_path_is_drawn_on_the_dtype_of_the_hosts_branch(name, monkeypatch):
+    """The random numbers of a seed may depend on it; on a CPU they hardly do, and no mask would show it."""
+    host = HOSTS[name]
+    theirs = host.make()
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    drawn: list[Any] = []
+    for kind in {type(module) for module in drop_paths(theirs).values()}:
+
+        def forward(self: nn.Module, input: Tensor, original: Any = kind.forward) -> Tensor:
+            drawn.extend([(input.dtype, len(input), input.dim())] * bool(drop_rate(self)))
+            return original(self, input)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    for model in (theirs, ours):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            host.outputs(model, host.images())
+    half = len(drawn) // 2
+    assert half == len(drop_paths(theirs)) > 0 and drawn[:half] == drawn[half:]
+
+
 @each_host
 def test_all_that_can_be_is_converted_and_restored(host):
     model = host.make().eval()
