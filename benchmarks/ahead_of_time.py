@@ -44,7 +44,7 @@ CHANNELS = (24, 40, 96, 128, 384, 768, 1024)
 FUSED_CHANNELS = (48, 64, 80, 160, 192)
 """More, whose MLP is one kernel where nothing is saved."""
 
-CANDIDATE_CHANNELS = sorted({*CHANNELS, *FUSED_CHANNELS} - {24})
+CANDIDATE_CHANNELS = sorted({*CHANNELS, *FUSED_CHANNELS})
 """Of blocks whose kernels are compiled with every configuration that a table may name."""
 
 PRODUCTS = ("mlp", "patch_linear", "convnext_block")

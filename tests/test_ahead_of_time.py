@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import PRODUCT_KERNELS, Kernel, failures, main, report
+from convnext_kernels.ops.common.tuning import tunables
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ROOT / "convnext_kernels" / "ops"
@@ -103,3 +105,19 @@ def test_unknown_names_are_named(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert main(["--operator", "conv"]) == 2
     assert "--operator: got 'conv'; accepted: convnext_block, depthwise_conv2d" in capsys.readouterr().err
+
+
+def test_candidates_are_compiled_in_place_of_the_operators(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    given = []
+    monkeypatch.setattr(
+        ahead_of_time, "compile_in_parallel", lambda jobs, processes: given.extend(jobs) or [(GOOD, 1.0)]
+    )
+    assert main(["--candidates", "--dtype", "float16", "--architecture", "80", "90"]) == 0
+    assert given == [(ahead_of_time.compile_candidates, architecture, "float16") for architecture in (80, 90)]
+
+
+def test_every_tunable_kernel_is_among_the_candidates():
+    workloads = list(ahead_of_time._candidate_workloads(90, "float16"))
+    assert {workload.tunable.name for workload in workloads} == set(tunables())
+    assert len({workload.name for workload in workloads}) == len(workloads)

@@ -32,8 +32,8 @@ TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 # TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
 FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
+# 128x128 with 4 warps, or 128x64 with a derivative, spill on sm_80 and sm_90.
 WIDE_CANDIDATES = [
-    MatmulConfig(block_m=128, block_n=128, block_k=64, warps=4, stages=3),
     MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3),
