@@ -188,7 +188,7 @@ def test_no_entry_makes_a_kernel_run_that_the_rule_leaves_out():
 
 
 def test_a_table_is_written_and_read(tmp_path):
-    path = tmp_path / "new" / "table.json"
+    path = tmp_path / "table.json"
     every = [
         Entry(*workload.name, config, 1.5)
         for workload in SMALL

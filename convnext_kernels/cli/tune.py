@@ -191,6 +191,10 @@ def fastest(timings: Mapping[Any, Timing], rule: Any) -> tuple[Any, float] | Non
     return None if config is None else (config, speedup)
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
 def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in_turn) -> Outcome:
     """Checks and times every candidate of a kernel."""
     first = workload.draw(device, seed=0)
@@ -213,7 +217,7 @@ def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in
             try:
                 difference = disagreement(call(first), expected)
             except Exception as error:  # such as too much shared memory: a result, not the end
-                outcome.failed[config] = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+                outcome.failed[config] = _first_line(error)
                 continue
             if difference is None:
                 calls[config] = call
@@ -227,7 +231,6 @@ def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in
 
 def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
     """Writes a table in one step; from now on launches read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_json(path, table_content(gpu, entries, versions()))
     forget_tables()
 
@@ -256,12 +259,17 @@ def tune(
             if clock() >= end:
                 break
             progress.update(bar, description=str(workload))
-            outcome = tune_kernel(workload, options.device, timer)
-            outcomes.append(outcome)
-            entries.pop(workload.name, None)
-            if outcome.entry is not None:
-                entries[workload.name] = outcome.entry
-            write_table(path, gpu, entries.values())
+            try:
+                outcome = tune_kernel(workload, options.device, timer)
+            except RuntimeError as error:  # such as too little memory: not the end for the other kernels
+                rule = workload.tunable.rule(*workload.key)
+                outcomes.append(Outcome(workload, None, failed={rule: _first_line(error)}))
+            else:
+                outcomes.append(outcome)
+                entries.pop(workload.name, None)
+                if outcome.entry is not None:
+                    entries[workload.name] = outcome.entry
+                write_table(path, gpu, entries.values())
             progress.advance(bar)
     return outcomes
 
@@ -318,10 +326,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     read = user_folder() / file_name(device_name(options.device))
     path = options.output or read
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error}; --output names another file") from error
+    torch.cuda.set_device(options.device)
     outcomes = tune(plan, options, path)
     _show(outcomes, plan, console())
     messages = console(stderr=True)
     messages.print(f"wrote {path}", markup=False)
     if path.absolute() != read.absolute():
-        messages.print(f"it is read from {FOLDER_VARIABLE}=its folder, under the name {read.name}", markup=False)
+        messages.print(
+            f"it is read where {FOLDER_VARIABLE} names its folder and it is called {read.name}", markup=False
+        )
     return 1 if any(outcome.wrong for outcome in outcomes) else 0

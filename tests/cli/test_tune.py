@@ -127,6 +127,30 @@ def test_an_interruption_keeps_what_was_measured(options, tmp_path):
     assert [entry.kernel for entry in read_table(path, GPU).entries.values()] == [FORWARD.name]
 
 
+def test_a_kernel_that_cannot_be_measured_is_not_the_end(options, tmp_path):
+    """What an earlier run found for it stays."""
+    path, measure, memory = tmp_path / "table.json", timer({FAST: [5.0] * 3}), iter([False, True])
+    old = Entry(FORWARD.name, "float16", KEY, FASTEST)
+    tune.write_table(path, GPU, [old])
+
+    def out_of_memory(works, inputs, device):
+        if not next(memory):
+            raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+        return measure(works, inputs, device)
+
+    failed, measured = tune.tune([workload(FORWARD), workload(BACKWARD)], options, path, out_of_memory)
+    assert failed.failed == {RULE: "OutOfMemoryError: CUDA out of memory"} and failed.entry is None
+    assert set(read_table(path, GPU).entries.values()) == {old, measured.entry}
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_any_work(a_gpu, monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CONVNEXT_KERNELS_TABLES", str(tmp_path / "file" / "tables"))
+    monkeypatch.setattr(tune, "tune", None)
+    assert main(["tune"]) == 2
+    assert "--output names another file" in capsys.readouterr().err
+
+
 def test_other_entries_stay_and_what_no_longer_wins_goes(options, tmp_path):
     path = tmp_path / "table.json"
     old = [Entry(FORWARD.name, "float16", KEY, FAST), Entry(FORWARD.name, "float32", KEY, FAST)]
@@ -187,7 +211,9 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(tune, "find_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(tune, "find_spec", lambda name: True)
     monkeypatch.setattr(tune, "interpreting", lambda: False)
+    monkeypatch.setattr(tune, "device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
 
 @pytest.mark.parametrize(
@@ -210,14 +236,13 @@ def test_the_exit_code_and_where_it_is_read(a_gpu, monkeypatch, capsys, tmp_path
     outcome = tune.Outcome(
         workload(), Entry(FORWARD.name, "float16", KEY, FAST, 1.25), {FASTEST: "off"} if wrong else {}
     )
-    monkeypatch.setattr(tune, "device_name", lambda device: GPU)
     monkeypatch.setattr(tune, "planned", lambda options: [workload()])
     monkeypatch.setattr(tune, "tune", lambda plan, options, path: [outcome])
     path = tmp_path / "mine.json"
     assert main(["tune", "--output", str(path)]) == int(wrong)
     captured = capsys.readouterr()
     assert "1.25x" in captured.out and "1 of 1 kernels measured, 1 faster" in captured.out
-    assert f"wrote {path}" in captured.err and "under the name nvidia-test-1.json" in captured.err
+    assert f"wrote {path}" in captured.err and "it is called nvidia-test-1.json" in captured.err
     assert ("refused: layer_norm.forward_kernel" in captured.out) == wrong
 
 

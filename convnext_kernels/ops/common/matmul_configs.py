@@ -32,12 +32,11 @@ TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 # TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
 FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
-# 128x128 with 4 warps, or 128x64 with a derivative, spill on sm_80 and sm_90.
+# At most 64 accumulators a thread: twice as many spill with a residual on sm_90 and with sums of rows on sm_80; so does
+# the derivative with 64.
 WIDE_CANDIDATES = [
     MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
-    MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3),
-    MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3),
     MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
 ]
 NARROW_CANDIDATES = [
@@ -100,9 +99,8 @@ def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int)
 
 
 def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """As `matmul_candidates`, with at most 64 accumulators a thread: beside the sums of rows more spill on sm_80."""
-    candidates = matmul_candidates(columns, 0, bits, needs_registers)
-    return [c for c in candidates if c.block_m * c.block_n <= 64 * 32 * c.warps]
+    """As `matmul_candidates`."""
+    return matmul_candidates(columns, 0, bits, needs_registers)
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)
