@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,13 @@ def test_repository_is_one_that_kernel_builder_reads(repository):
         built = repository / "build" / f"torch-{backend}"
         files = {str(path.relative_to(built)) for path in built.rglob("*") if path.suffix != ".pyc" and path.is_file()}
         assert files == {str(path.relative_to(source)) for path in source.rglob("*.py")} | {"metadata.json"}
+
+
+def test_no_source_names_the_package_but_in_words(repository):
+    """Such as for import_module or torch.ops: there may be another package of that name, or none."""
+    sources = {path: path.read_text() for path in (repository / "torch-ext").rglob("*.py")}
+    assert sources
+    assert [path for path, source in sources.items() if re.search(r"""["']convnext_kernels[.:]""", source)] == []
 
 
 def test_command_lays_a_repository_out_and_never_over_another(tmp_path):

@@ -20,7 +20,17 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnext_kernels"
-PARTS = ("accelerate", "ops", "backends.py", "build.py", "functional.py", "layers.py", "reference.py", "variants.py")
+PARTS = (
+    "accelerate",
+    "ops",
+    "tables",
+    "backends.py",
+    "build.py",
+    "functional.py",
+    "layers.py",
+    "reference.py",
+    "variants.py",
+)
 INIT = '''"""ConvNeXt on fused kernels."""
 
 from . import functional, layers
@@ -38,13 +48,9 @@ def with_relative_imports(source: str, depth: int) -> str:
 def sources() -> dict[str, str]:
     """The kernel's files by their paths."""
     package = ROOT / PACKAGE
-    paths = [
-        file
-        for part in PARTS
-        for file in ([package / part] if part.endswith(".py") else (package / part).rglob("*.py"))
-    ]
-    names = {path.relative_to(package): path.read_text() for path in sorted(paths)}
-    files = {str(name): with_relative_imports(source, len(name.parent.parts)) for name, source in names.items()}
+    names = (path.relative_to(package) for path in sorted(package.rglob("*")))
+    taken = [name for name in names if name.parts[0] in PARTS and name.suffix in (".py", ".json")]
+    files = {str(name): with_relative_imports((package / name).read_text(), len(name.parts) - 1) for name in taken}
     return {"__init__.py": INIT, **files}
 
 

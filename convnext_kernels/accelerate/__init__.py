@@ -69,11 +69,16 @@ def restore(model: nn.Module) -> tuple[str, ...]:
         The names of the restored modules.
 
     Raises:
-        RuntimeError: something was wrapped around an accelerated module since (such as `fully_shard`); nothing is
-            changed then.
+        RuntimeError: something was wrapped around an accelerated module since (such as `fully_shard`), or its
+            parameters have been folded; nothing is changed then.
     """
     swapped = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     for name, module in swapped.items():
+        if module.folded:
+            raise RuntimeError(
+                f"restore: the parameters of `{name}` have been folded by fold_, and its host's forward needs them as"
+                " they were; accepted: models that have not been folded"
+            )
         if wrapper := wrapper_of(module):
             raise RuntimeError(
                 f"restore: `{name}` has been made a {wrapper} since; accepted: modules not wrapped since"

@@ -107,6 +107,11 @@ class AcceleratedBlock(Swapped):
             (input,) = named.values()
         change = change_below(self, self.wiring.structure)
         if change is not None:
+            if self.folded:
+                raise RuntimeError(
+                    f"a folded {type(self).__name__} cannot run its host's forward, which would be due: {change};"
+                    " accepted: blocks in which nothing has changed since convnext_kernels.fold_"
+                )
             _warn_host_forward(type(self).__name__, change)
             return super().forward(input)
         return wired_forward(self, self.wiring, input, self.chained)
@@ -165,15 +170,17 @@ def branch_of_ones(input: Tensor, layer_scale: Tensor | None) -> Tensor:
     return input.new_ones((input.shape[0], 1, 1, 1), dtype=dtype)
 
 
+def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a block in the shapes that our operators take."""
+    flat = {name: arguments[name].flatten(1) for name in ("weight1", "weight2")}
+    for name in ("layer_scale", "drop_path_factor", "grn_weight", "grn_bias"):
+        flat[name] = None if arguments[name] is None else arguments[name].flatten()
+    return {**arguments, **flat}
+
+
 @torch.fx.wrap
 def run_block(input: Tensor, arguments: Mapping[str, Any], chained: bool, follows_input: bool) -> Tensor:
     """`functional.convnext_block` with a host's shapes of parameters, in the host's dtype and layout of the result."""
-    arguments = dict(arguments)
-    for name in ("weight1", "weight2"):
-        arguments[name] = arguments[name].flatten(1)
-    for name in ("layer_scale", "drop_path_factor", "grn_weight", "grn_bias"):
-        if arguments[name] is not None:
-            arguments[name] = arguments[name].flatten()
-    output = as_host(functional.convnext_block(input, **arguments), input, chained)
+    output = as_host(functional.convnext_block(input, **flattened(arguments)), input, chained)
     images = follows_input and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
     return output.contiguous() if images else output

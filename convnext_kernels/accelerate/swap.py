@@ -21,12 +21,14 @@ class Swapped(nn.Module):
         wiring: what the forward needs to know of the host.
         chained: under autocast the result keeps the 16-bit dtype, because another of our modules or a convolution
             takes it next; otherwise it is float32, as the host's is.
+        folded: the parameters have been folded; the host's forward would compute something else with them.
     """
 
     kind: ClassVar[type[Swapped]]
     host_class: ClassVar[type[nn.Module]]
     wiring: Any
     chained: bool
+    folded: bool = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)

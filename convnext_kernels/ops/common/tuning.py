@@ -85,7 +85,7 @@ def trying(tunable: Tunable[Config], config: Config) -> Iterator[None]:
 def tunables() -> Mapping[str, Tunable[Any]]:
     """All there are, by name; those of operators that have not run yet are imported here."""
     for path in sorted(OPERATORS.glob("*/*configs.py")):
-        import_module(f"convnext_kernels.ops.{path.parent.name}.{path.stem}")
+        import_module(f"..{path.parent.name}.{path.stem}", __package__)
     return _tunables
 
 
