@@ -248,19 +248,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
-    """Forward at all token counts, forward + backward at the largest of each width."""
+    """Forward at the largest token count of every width, then at the others; forward + backward at the largest."""
     modes = names("--mode", options.mode, ("forward", "backward"), ("forward", "backward"))
     dtypes = names("--dtype", options.dtype, DTYPES, ["bfloat16"])
     channels = [at_least("--channels", width, 1) for width in options.channels or CHANNELS]
     tokens = [at_least("--tokens", count, 1) for count in options.tokens or ()]
-    cases = []
-    for mode, dtype, width in product(modes, dtypes, channels):
-        counts = tokens or stage_tokens(width)
-        if mode == "forward":
-            cases += [Case(FORWARD, dtype, width, count) for count in counts]
-        else:
-            cases.append(Case(BACKWARD, dtype, width, max(counts)))
-    return cases
+    largest, others = [], []
+    for dtype, width in product(dtypes, channels):
+        *fewer, most = sorted(tokens or stage_tokens(width))
+        largest.append(Case(FORWARD, dtype, width, most))
+        others += [Case(FORWARD, dtype, width, count) for count in fewer]
+    backward = [replace(case, mode=BACKWARD) for case in largest]
+    return [*(largest + others if "forward" in modes else ()), *(backward if "backward" in modes else ())]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.record import bench_results, depthwise_results, results
+from benchmarks.record import bench_results, depthwise_results, dispatch_results, results
 from convnext_kernels.variants import VARIANTS
 
 BLOCK = frozenset({"convnext_block", "depthwise_conv2d", "depthwise_conv2d_layer_norm", "layer_norm", "mlp"})
@@ -32,6 +32,7 @@ class Part:
         does: in words, for the plan and the report.
         minutes: its share of the run's minutes.
         limits_itself: whether it takes `--minutes`.
+        output: its option for the JSON that it writes.
         gpu: whether it is for a GPU, or for machines without one.
         read: results from the JSON that it writes.
         operators: what a case rests on.
@@ -44,13 +45,15 @@ class Part:
     arguments: tuple[str, ...] = ()
     limits_itself: bool = True
     gpu: bool = True
+    output: str = "--json"
     read: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] = results
     operators: Callable[[dict[str, Any]], frozenset[str]] = lambda case: frozenset()
 
 
 def _on_a_cpu(name: str, does: str, minutes: float, *arguments: str) -> Part:
     command = ("bench", "--device", "cpu", "--no-compile", *arguments)
-    return Part(name, does, BENCH, minutes, command, False, False, bench_results, _of_model)
+    kind = {"limits_itself": False, "gpu": False, "read": bench_results, "operators": _of_model}
+    return Part(name, does, BENCH, minutes, command, **kind)
 
 
 PARTS = (
@@ -81,12 +84,20 @@ PARTS = (
         arguments=("--compile",),
         operators=_of_model,
     ),
+    Part(
+        *("dispatch", "the host side of every operator's call, without its kernels", "pytest", 0.5),
+        arguments=("tests/test_dispatch_overhead.py", "--benchmark-only", "-q", "-n0"),
+        limits_itself=False,
+        gpu=False,
+        output="--benchmark-json",
+        read=dispatch_results,
+    ),
     _on_a_cpu(
-        *("cpu_models", "the smallest models on tiny images, where the calls themselves count", 1.0),
+        *("cpu_models", "the smallest models on tiny images, where the calls themselves count", 0.75),
         *("--model", "convnext_atto,convnextv2_atto", "--batch-size", "2", "--resolution", "64"),
     ),
     _on_a_cpu(
-        *("cpu_blocks", "the blocks of ConvNeXt-T's stages, one image", 1.0),
+        *("cpu_blocks", "the blocks of ConvNeXt-T's stages, one image", 0.75),
         *("--model", "convnext_tiny", "--mode", "block", "--batch-size", "1", "--runs", "5"),
     ),
 )

@@ -21,6 +21,9 @@ COUNTED = ("bytes", "flops")
 OURS = ("ours", "cuda", "triton", OURS_OF_BENCH)
 """How the names of our contenders begin; the others are peers and ceilings."""
 
+BLOCK_MICROSECONDS = {False: 15, True: 30}
+"""What the host side of a block's forward may take, without and with autograd."""
+
 Record = dict[str, Any]
 """kind, format, state, the machine as `benchmarks.timing.header` gives it, parity (by operator that failed the reason),
 and by its name each part: state, reason, what it does, seconds, results, unmeasured (by case the reason)."""
@@ -59,7 +62,7 @@ def depthwise_results(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def bench_results(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Of the file of `convnext-kernels bench`."""
-    arguments = content["arguments"]
+    arguments = content.get("arguments", {})
     for row in content["results"]:
         figures = _figures(
             Figure("images/s", row["images_per_second"]),
@@ -69,6 +72,18 @@ def bench_results(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
         case |= {"batch": arguments["batch_size"], "resolution": arguments["resolution"]}
         kept = {key: row.get(key) for key in (*MEASURED, "contender")}
         yield {"case": case, **kept, "peak_bytes": row["peak_memory_bytes"], "figures": figures}
+
+
+def dispatch_results(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of pytest-benchmark's file of tests/test_dispatch_overhead.py."""
+    for benchmark in content.get("benchmarks", ()):
+        name, autograd = benchmark["params"]["name"], benchmark["params"]["autograd"]
+        median, *quartiles = (1e3 * benchmark["stats"][key] for key in ("median", "q1", "q3"))
+        target = Target(BLOCK_MICROSECONDS[autograd], at_most=True) if name == "ConvNeXtBlock" else None
+        case = {"mode": benchmark["group"], "operator": name, "autograd": autograd}
+        figures = _figures(Figure("microseconds", 1e3 * median, target))
+        times = {"milliseconds": median, "quartiles": quartiles, "failure": None}
+        yield {"case": case, "contender": "ours", **times, "figures": figures}
 
 
 def results(content: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -68,8 +68,11 @@ def interruptible() -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a part has written so far; it does so in one step."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"results": [], "unmeasured": {}}
+    """What a part has written so far; nothing if that is not whole, as most write it in one step but not all."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"results": [], "unmeasured": {}}
 
 
 def _forward(stream: IO[str], last: deque[str], own_file: Path) -> None:
@@ -150,7 +153,7 @@ class Run:
         limit = ("--minutes", f"{START_UP * seconds / 60:.3f}") if part.limits_itself else ()
         with TemporaryDirectory() as folder:
             file, last = Path(folder) / "part.json", deque[str](maxlen=1)
-            command = [sys.executable, "-m", part.module, *part.arguments, *limit, "--json", str(file)]
+            command = [sys.executable, "-m", part.module, *part.arguments, *limit, part.output, str(file)]
             streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
             process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
             reader = Thread(target=_forward, args=(process.stderr, last, file), daemon=True)

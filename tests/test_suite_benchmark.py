@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 from benchmarks import gpu_tests, library, parts, record, suite
 from benchmarks.parts import PARTS, Part, _on_a_cpu
+from benchmarks.readme import ROOT
 from benchmarks.suite import main
 from convnext_kernels.functional import OPERATORS
 
@@ -136,6 +137,31 @@ def test_no_speedup_where_parity_failed(run, capfd):
 def test_a_speedup_that_does_not_rest_on_it_stays(run):
     _, content = run("wrong mlp", "rests", operators=frozenset({"layer_norm"}))
     assert content["parts"]["1 rests"]["results"][0]["figures"]["speedup over eager"]["value"] == 3.0
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_a_part_that_wrote_nothing_has_no_results(part, tmp_path):
+    (tmp_path / "half.json").write_text('{"results": [{"mode"')
+    for name in ("missing.json", "half.json"):
+        assert list(part.read(suite._read(tmp_path / name))) == []
+
+
+def test_the_host_side_of_calls(tmp_path):
+    """What pytest-benchmark writes, in seconds; a block alone has a target."""
+    stats = {"median": 2e-5, "q1": 1.9e-5, "q3": 2.2e-5}
+    calls = [("ConvNeXtBlock", False), ("ConvNeXtBlock", True), ("mlp", False)]
+    benchmarks = [
+        {"group": "host side", "params": {"name": name, "autograd": autograd}, "stats": stats}
+        for name, autograd in calls
+    ]
+    (part,) = [part for part in PARTS if part.name == "dispatch"]
+    rows = list(part.read({"benchmarks": benchmarks}))
+    assert [(row["case"]["operator"], row["case"]["autograd"]) for row in rows] == calls
+    assert rows[0]["milliseconds"] == pytest.approx(0.02) and rows[0]["quartiles"] == pytest.approx([0.019, 0.022])
+    figures = [row["figures"]["microseconds"] for row in rows]
+    assert [figure["value"] for figure in figures] == pytest.approx([20, 20, 20])
+    assert [figure["met"] for figure in figures] == [False, True, None]
+    assert part.output == "--benchmark-json" and (ROOT / part.arguments[0]).is_file()
 
 
 def test_parts_can_run_alone(run):
