@@ -8,6 +8,7 @@ from convnext_kernels.build import __version__, build_info
 from convnext_kernels.checkpoints import load_checkpoint
 from convnext_kernels.folding import FoldReport, fold_
 from convnext_kernels.functional import explain
+from convnext_kernels.graphs import graphed
 from convnext_kernels.model import ConvNeXt, create_model, list_models
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "fold_",
     "functional",
+    "graphed",
     "list_models",
     "load_checkpoint",
     "restore",

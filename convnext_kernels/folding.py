@@ -22,6 +22,7 @@ from convnext_kernels.accelerate.blocks import (
 )
 from convnext_kernels.backends import use_backend
 from convnext_kernels.block import ConvNeXtBlock
+from convnext_kernels.ops.common.checks import check_eval_mode
 from convnext_kernels.ops.convnext_block.steps import fold
 
 FOLDED = ("norm_weight", "norm_bias", "layer_scale")
@@ -80,9 +81,7 @@ def fold_(model: nn.Module) -> FoldReport:
             are shared, sharded, quantised or parametrised, its first linear layer has no bias to take that of the norm
             up, or other modules lie in it since it was accelerated.
     """
-    for name, module in model.named_modules():
-        if module.training:
-            raise ValueError(f"fold_: `{name or 'model'}` is in training mode; accepted: a model after model.eval()")
+    check_eval_mode(model)
     blocks = {n: block for n, block in model.named_modules() if isinstance(block, ConvNeXtBlock | AcceleratedBlock)}
     if not blocks:
         raise ValueError("fold_: the model has no ConvNeXtBlock and no accelerated block; accepted: one that has any")

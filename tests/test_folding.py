@@ -200,8 +200,8 @@ def refused(model, match):
 def test_training_mode_is_refused_by_the_module_s_name():
     model = nn.Sequential(make_block(), make_block()).eval()
     model[1].norm.train()
-    refused(model, r"fold_: `1\.norm` is in training mode; accepted")
-    refused(make_block().train(), "`model` is in training mode")
+    refused(model, r"model: `1\.norm` is in training mode; accepted")
+    refused(make_block().train(), "model: `model` is in training mode")
 
 
 def test_a_model_without_blocks_is_refused():

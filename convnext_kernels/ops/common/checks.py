@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -55,6 +55,13 @@ def check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     """Checks that a value is one of a few names."""
     if value not in accepted:
         raise ValueError(f"{name}: got {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_eval_mode(model: nn.Module) -> None:
+    """ValueError with the name of the first module in training mode."""
+    for name, module in model.named_modules():
+        if module.training:
+            raise ValueError(f"model: `{name or 'model'}` is in training mode; accepted: a model after model.eval()")
 
 
 def autocast(input: Tensor) -> Tensor:
