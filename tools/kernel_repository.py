@@ -10,9 +10,9 @@ register under the name that it is imported by. Only what the layers need is tak
 """
 
 import argparse
-import hashlib
 import json
 import re
+import secrets
 import shutil
 from pathlib import Path
 
@@ -55,17 +55,16 @@ def sources() -> dict[str, str]:
 
 
 def lay_out(directory: Path) -> None:
-    """Writes the repository into a new directory."""
+    """Writes the repository into a new directory; each has a name of its own in a process that loads several."""
     general = tomllib.loads((ROOT / "build.toml").read_text())["general"]
     files = sources()
-    revision = hashlib.sha256(repr(files).encode()).hexdigest()[:7]
     directory.mkdir(parents=True)
     shutil.copy(ROOT / "build.toml", directory)
     write(files, directory / "torch-ext" / PACKAGE)
     for backend in general["backends"]:
         metadata = {
             "name": general["name"],
-            "id": f"_{PACKAGE}_{backend}_{revision}",
+            "id": f"_{PACKAGE}_{backend}_{secrets.token_hex(4)}",
             "version": general["version"],
             "license": general["license"],
             "python-depends": [],
