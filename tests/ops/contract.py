@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
@@ -54,8 +55,8 @@ BAD_PARAMETERS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] 
 
 
 def name_of(value: Any) -> str:
-    """Of a case its own, of others as they are written."""
-    return getattr(value, "name", str(value))
+    """Of a case its own, of a tuple those of its parts, of others as they are written."""
+    return "-".join(map(name_of, value)) if isinstance(value, tuple) else getattr(value, "name", str(value))
 
 
 def strided(parameter: Tensor) -> Tensor:
@@ -118,10 +119,13 @@ class Contract:
         values: dict[str, list[Any]] = {
             "example": examples,
             "small_case": parity.cases(self.operator, small=True),
-            "kernel_call": [pytest.param(call, id="-".join(map(name_of, call))) for call in self.small_calls()],
-            "any_call": [
-                pytest.param(call, id="-".join(map(name_of, call))) for call in self.parity_calls(small=False)
+            "kernel_call": self.small_calls(),
+            # Strides are the same matter whatever other arguments are given.
+            "laid_out": [
+                *product((examples[0], examples[-1]), parity.LAYOUTS),
+                *((example, "channels_last") for example in examples[1:-1]),
             ],
+            "any_call": self.parity_calls(small=False),
             "parameter": [name for name in examples[0].shapes if name not in ACTIVATIONS],
             "value": self.special_values,
             "layout": parity.LAYOUTS,
@@ -140,8 +144,7 @@ class Contract:
 
     def takes(self, backend: str, case: parity.Case, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a backend runs a case; the reference and Triton at least in the examples."""
-        device = "cpu" if INTERPRETED else "cuda"
-        return backend != "cuda" or not parity.unsupported(case, dtype, device, backend)
+        return backend != "cuda" or not parity.unsupported(case, dtype, "cpu" if INTERPRETED else "cuda", backend)
 
     def calls(self) -> list[tuple[str, parity.Case, torch.dtype]]:
         """Backends, examples and dtypes of what kernels must keep besides accuracy."""
@@ -353,8 +356,8 @@ class Contract:
                 args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
             torch.library.opcheck(function, args)
 
-    def test_opcheck_layouts(self, example, layout):
-        self.opcheck(arguments_of(example, layout=layout), "reference")
+    def test_opcheck_layouts(self, laid_out):
+        self.opcheck(arguments_of(laid_out[0], layout=laid_out[1]), "reference")
 
     @pytest.mark.parametrize("sizes", [{"batch": 0}, {"height": 1, "width": 1}, {"channels": 1}, {"batch": 1}], ids=str)
     def test_opcheck_sizes(self, sizes):
