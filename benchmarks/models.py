@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +200,8 @@ class Case:
         if contender not in COMPILE_MODES:
             return module
         torch.compiler.reset()
-        return torch.compile(module, mode=COMPILE_MODES[contender], dynamic=False)
+        compiled: Any = torch.compile(module, mode=COMPILE_MODES[contender], dynamic=False)
+        return compiled
 
 
 def check(task: Task) -> str | None:

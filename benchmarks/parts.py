@@ -52,8 +52,13 @@ class Part:
 
 def _on_a_cpu(name: str, does: str, minutes: float, *arguments: str) -> Part:
     command = ("bench", "--device", "cpu", "--no-compile", *arguments)
-    kind = {"limits_itself": False, "gpu": False, "read": bench_results, "operators": _of_model}
-    return Part(name, does, BENCH, minutes, command, **kind)
+    return Part(
+        *(name, does, BENCH, minutes, command),
+        limits_itself=False,
+        gpu=False,
+        read=bench_results,
+        operators=_of_model,
+    )
 
 
 PARTS = (

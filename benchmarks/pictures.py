@@ -194,9 +194,10 @@ def _legend(figure: Any, names: Sequence[str], extra: Sequence[Any] = ()) -> Non
 
 
 def speedup_panels(record: Record) -> dict[str, Groups]:
-    """Ours of whole models and blocks by dtype; a refused one too, so that it is seen."""
+    """Ours of whole models and blocks by dtype; what failed or was refused too, so that it is seen."""
     ours = (row for part, row in rows(record) if part in MODELS_PARTS and is_ours(row["contender"]))
-    return _panels(ours, lambda row: row["case"]["dtype"])
+    tried = (row for row in ours if row.get("milliseconds") is not None or row.get("failure"))
+    return _panels(tried, lambda row: row["case"]["dtype"])
 
 
 def best_compiled(record: Record) -> dict[tuple[str, str, str], float]:

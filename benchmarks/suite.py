@@ -154,8 +154,9 @@ class Run:
         with TemporaryDirectory() as folder:
             file, last = Path(folder) / "part.json", deque[str](maxlen=1)
             command = [sys.executable, "-m", part.module, *part.arguments, *limit, part.output, str(file)]
-            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-            process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
+            process = subprocess.Popen(
+                command, cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
             reader = Thread(target=_forward, args=(process.stderr, last, file), daemon=True)
             reader.start()
             try:
@@ -271,4 +272,6 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     print(f"{run.record['state']}: {kept} results in {path}\n{summary(run.record)}", flush=True)
     if code == 0:
         report.write(run.record, path.with_suffix(".html"), path.with_suffix(""))
+    else:
+        print(f"python -m benchmarks.report {path} makes a report of what there is")
     return code

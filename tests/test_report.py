@@ -169,6 +169,18 @@ def test_what_is_refused_has_its_reason(record):
     assert not [point for point in roofline_points(changed) if point.family == "mlp"] and fall(changed) is None
 
 
+def test_a_model_that_failed_is_seen_and_one_that_was_planned_is_not(record):
+    changed = copy.deepcopy(record)
+    for row in changed["parts"]["models"]["results"]:
+        wrong = row["case"]["model"] == "convnext_tiny" and row["case"]["dtype"] == "float16"
+        row |= {"milliseconds": None, "quartiles": None, "figures": {}, "failure": "parity failed" if wrong else None}
+    panels = pictures.speedup_panels(changed)
+    assert {group.split("\n")[0] for groups in panels.values() for group in groups} == {"tiny"}
+    labels = [text for text, _ in boxes(draw(changed, "speedups")) if text == "none"]
+    assert len(labels) == len(panels) == 3
+    assert draw(changed, "memory") is None
+
+
 def test_text_is_escaped(record):
     changed = copy.deepcopy(record)
     changed["device"] = changed["parts"]["mlp"]["results"][0]["contender"] = "<script>alert(1)</script>"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from convnext_kernels.cli.measure import Work
 from convnext_kernels.model import create_model
+from convnext_kernels.ops.common.launch import float32_precision
 from convnext_kernels.reference import ReferenceConvNeXt, create_reference_model
 
 OURS, EAGER, COMPILED = "convnext-kernels", "PyTorch eager", "torch.compile"
@@ -144,7 +145,7 @@ def check_parity(task: Task, modules: Mapping[str, nn.Module]) -> list[Parity]:
     Ours may be off by 1e-4 in float32, in the others by 1.5 times what eager is off plus one unit in the last place.
     """
     ours, eager = (task.results(modules[name], task.inputs) for name in (OURS, EAGER))
-    tf32 = task.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = task.dtype == torch.float32 and float32_precision() == "tf32"
     if task.dtype == torch.float32 and not tf32:
         return [
             Parity(tensors, relative_difference(ours[tensors], eager[tensors]), None, FLOAT32_LIMIT) for tensors in ours
