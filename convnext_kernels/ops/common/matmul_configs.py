@@ -90,7 +90,8 @@ def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int)
     """Other shapes of the tile, depths and numbers of stages."""
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
-    return NARROW_CANDIDATES if needs_registers else [*WIDE_CANDIDATES, *NARROW_CANDIDATES]
+    narrow = columns <= 64 or needs_registers  # as for the rule: wide tiles of 40 columns spill on sm_90
+    return NARROW_CANDIDATES if narrow else [*WIDE_CANDIDATES, *NARROW_CANDIDATES]
 
 
 def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
