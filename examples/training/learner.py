@@ -1,0 +1,131 @@
+"""A model and all that changes with it: a step of training, the evaluation, and the state to go on from."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnext_kernels import create_model
+from convnext_kernels.reference import ReferenceConvNeXt, create_reference_model
+from training import checkpoint, processes, recipe
+from training.data import PADDING
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_model(options: Namespace, classes: int) -> ReferenceConvNeXt:
+    """The model that the options name, on the CPU, with the weights that the training starts from."""
+    create = create_model if options.kernels == "on" else create_reference_model
+    overrides = {"depths": options.depths, "dims": options.dims, "layer_scale_init_value": options.layer_scale}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    torch.manual_seed(options.seed)
+    model = create(options.model, num_classes=classes, drop_path_rate=options.drop_path, **given)
+    stride = 16 if model.isotropic else 2 ** (len(model.depths) + 1)
+    if too_small := [resolution for _, resolution in options.resolution if resolution < stride]:
+        raise ValueError(f"--resolution: got {too_small[0]}; accepted: at least {stride}, the model's stride")
+    recipe.freeze(model, options.freeze)
+    return model
+
+
+class Learner:
+    """A model on its device, perhaps spread over processes, with its optimizer, schedule, scaler and moving average.
+
+    model: whose parameters are trained; parallel: the same, called in training; ema: None or `AveragedModel`.
+    """
+
+    def __init__(
+        self,
+        model: ReferenceConvNeXt,
+        options: Namespace,
+        world: processes.Processes,
+        warmup: int,
+        total: int,
+    ) -> None:
+        self.world, self.clip, self.smoothing = world, options.clip or math.inf, options.smoothing
+        self.accumulate, dtype = options.accumulate, AMP[options.amp]
+        self.model = model.to(world.device)
+        self.ema = recipe.moving_average(model, options.ema) if options.ema else None
+        if options.checkpoint_activations:
+            recipe.recompute_blocks(model)
+        if options.compile:
+            model.compile(backend=options.compile)
+        if options.fsdp:
+            if not dist.is_initialized():
+                raise ValueError("--fsdp: got a process that torchrun did not start; accepted: one that it did")
+            for whole in (model, self.ema.module) if self.ema else (model,):
+                processes.shard(whole, recipe.blocks_of(whole), dtype)
+        self.parallel: nn.Module = model if options.fsdp else processes.replicate(model, world)
+        # Sharded models compute in their policy's dtype; autocast would only cast once more.
+        self.autocast = torch.autocast(world.device.type, dtype, enabled=dtype is not None and not options.fsdp)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.amp == "fp16")
+        groups = recipe.parameter_groups(model, options.lr, options.weight_decay, options.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=tuple(options.betas), fused=world.device.type == "cuda")
+        self.scheduler = recipe.schedule(self.optimizer, warmup, total, options.min_lr / options.lr)
+
+    def backward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Puts the gradients of the mean loss over the batch, scaled for fp16, where the optimizer looks for them, and
+        returns the loss; in `accumulate` parts, of which each but the last is of the same size."""
+        size = -(-len(images) // self.accumulate)
+        parts = list(zip(images.split(size), targets.split(size), strict=True))
+        total = torch.zeros((), device=images.device)
+        for number, (inputs, wanted) in enumerate(parts, 1):
+            processes.exchange_gradients(self.parallel, number == len(parts))
+            with self.autocast:
+                logits = self.parallel(inputs)
+            loss = F.cross_entropy(logits.float(), wanted, label_smoothing=self.smoothing)
+            loss = loss * (len(inputs) / len(images))
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def step(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the optimizer on a batch [N, 3, H, W] with labels [N] or probabilities [N, classes].
+
+        Returns the loss and the norm of the gradients before clipping, neither waited for.
+        """
+        loss = self.backward(images, targets)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return loss, norm
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy of `model` or `ema` over all processes' images."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
+        model.eval()
+        for images, labels in batches:
+            with self.autocast:
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=PADDING)
+            sums += torch.stack([loss, (logits.argmax(1) == labels).sum(), (labels != PADDING).sum()])
+        model.train()
+        loss, right, images = self.world.sum(sums).tolist()
+        return loss / images, right / images
+
+    def state(self) -> dict[str, Any]:
+        """All of it, whole and on the CPU, for the first process only. Every process must call this."""
+        ema = None if self.ema is None else self.ema.module
+        state = checkpoint.capture(self.model, ema, self.optimizer)
+        return state | {"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
+        ema = None if self.ema is None else self.ema.module
+        checkpoint.restore(state, self.model, ema, self.optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(1)

@@ -1,0 +1,130 @@
+"""The images of examples/train.py: their order, their augmentation, and what cannot be read."""
+
+import pytest
+import torch
+from PIL import Image
+from training import data
+from training.randomness import seed_of, seeded
+
+AUGMENTATION = data.Augmentation(crop_scale=(0.1, 1.0), flip=0.5, rand_augment=9, erasing=0.5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, with three images of 12x12 for training and two for validation each."""
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                image = torch.randint(0, 256, (12, 12, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(image).save(tmp_path / part / name / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("images", "batch", "size"), [(10, 4, 1), (10, 4, 2), (11, 4, 2), (9, 4, 2), (8, 4, 4)])
+def test_an_epoch_deals_out_each_image_once_and_as_many_to_each_process(images, batch, size):
+    orders = [data.TrainingOrder(images, batch, 0, rank, size) for rank in range(size)]
+    steps = orders[0].steps_per_epoch
+    dealt = [list(order.steps(0, 2 * steps)) for order in orders]
+    for step in range(2 * steps):
+        parts = [of_process[step] for of_process in dealt]
+        assert len({len(part) for part in parts}) == 1
+        assert {epoch for part in parts for epoch, _ in part} == {step // steps}
+    first = [key for of_process in dealt for step in of_process[:steps] for key in step]
+    assert len(set(first)) == len(first) == images - images % batch % size
+    assert [key[1] for key in first] != [key[1] for of_process in dealt for step in of_process[steps:] for key in step]
+
+
+def test_processes_share_the_batches_of_one():
+    alone = list(data.TrainingOrder(12, 4, 3).steps(0, 6))
+    shared = [list(data.TrainingOrder(12, 4, 3, rank, 2).steps(0, 6)) for rank in (0, 1)]
+    assert [sorted(batch) for batch in alone] == [sorted([*a, *b]) for a, b in zip(*shared, strict=True)]
+
+
+def test_the_order_goes_on_from_any_step():
+    order = data.TrainingOrder(11, 4, 7)
+    assert list(order.steps(0, 9))[5:] == list(order.steps(5, 9))
+
+
+def test_a_key_gives_the_same_pixels_whatever_was_drawn_before():
+    images = data.TrainingImages(data.Digits(train=True), AUGMENTATION, [16, 16], seed=1)
+    first, label = images[0, 5]
+    torch.rand(3)
+    before = torch.get_rng_state()
+    again, _ = images[0, 5]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again) and label == 7
+    assert not torch.equal(first, images[1, 5][0])
+    assert not torch.equal(first, data.TrainingImages(data.Digits(train=True), AUGMENTATION, [16], seed=2)[0, 5][0])
+
+
+def test_the_resolution_changes_with_the_epoch():
+    images = data.TrainingImages(data.Digits(train=True), AUGMENTATION, [16, 24], seed=1)
+    assert [images[epoch, 0][0].shape for epoch in (0, 1)] == [(3, 16, 16), (3, 24, 24)]
+
+
+def test_seeds_of_places_differ_and_last():
+    assert len({seed_of(a, b, c) for a in range(3) for b in range(3) for c in range(3)}) == 27
+    assert seed_of(0, 1, 2) == 3884055042
+    with seeded(0, 1, 2):
+        inside = torch.rand(2)
+    torch.manual_seed(seed_of(0, 1, 2))
+    assert torch.equal(inside, torch.rand(2))
+
+
+def test_digits_are_split_without_overlap():
+    train, validation = data.Digits(train=True), data.Digits(train=False)
+    assert (len(train), len(validation)) == (1437, 360)
+    image, label = train[0]
+    assert image.size == (8, 8) and image.mode == "RGB" and image.getextrema()[0][1] > 230 and label == 1
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_validation_counts_each_image_once(folder, size):
+    _, validation = data.open_data(str(folder))
+    parts = [data.ValidationImages(validation, data.central(8, 1.0), rank, size) for rank in range(size)]
+    assert len({len(part) for part in parts}) == 1
+    labels = [part[position][1] for part in parts for position in range(len(part))]
+    assert sorted(label for label in labels if label != data.PADDING) == [0, 0, 1, 1]
+
+
+def test_the_centre_is_cut_from_a_longer_side():
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 255, 255), (12, 2, 28, 18))
+    centre = data.central(16, 0.8)(image)
+    assert centre.shape == (3, 16, 16) and centre.amin() > 2
+
+
+def test_an_empty_class_is_refused(folder):
+    (folder / "train" / "bird").mkdir()
+    with pytest.raises(FileNotFoundError, match="no valid file for the classes bird"):
+        data.open_data(str(folder))
+
+
+def test_other_classes_for_validation_are_refused(folder):
+    (folder / "val" / "dog").rename(folder / "val" / "bird")
+    with pytest.raises(ValueError, match="not the same classes: bird, dog"):
+        data.open_data(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "truncated"], ids=["empty", "no image", "truncated"])
+def test_an_unreadable_image_is_named(folder, content):
+    path = folder / "train" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:150] if content == "truncated" else content)
+    images = data.TrainingImages(data.open_data(str(folder))[0], AUGMENTATION, [8], seed=0)
+    loader = data.loader(images, batch_sampler=[[(0, 0), (0, 1)], [(0, 2), (0, 3)]])
+    broken, whole = loader
+    assert isinstance(broken, data.Unreadable)
+    assert str(path) in broken.message and "cannot be read" in broken.message
+    assert whole[0].shape == (2, 3, 8, 8)
+
+
+def test_mixing_draws_either_kind():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    torch.manual_seed(0)
+    mixed = [data.Mixing(0.8, 1.0, 10)(images, labels) for _ in range(8)]
+    pixels_kept = {bool((got == images).any()) for got, _ in mixed}
+    assert pixels_kept == {True, False}
+    for _, targets in mixed:
+        torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    assert data.Mixing(0.0, 0.0, 10)(images, labels)[1] is labels

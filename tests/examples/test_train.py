@@ -1,0 +1,306 @@
+"""examples/train.py as it is called: what it writes, resumes and refuses."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from test_processes import ROOT, torchrun
+from training.files import CsvLog, read_log, replacing
+from training.loop import FAILED, REFUSED, TERMINATED
+
+from convnext_kernels import load_checkpoint
+from convnext_kernels.model import ConvNeXt
+
+TINY = [
+    *("--depths", "1", "1", "--dims", "8", "16", "--resolution", "8", "--batch-size", "256", "--device", "cpu"),
+    *("--epochs", "3", "--warmup", "1", "--crop-scale", "0.5", "1"),
+]
+"""Six steps an epoch, of which the last is smaller."""
+
+ALL_RANDOM = ["--drop-path", "0.3", "--mixup", "0.8", "--cutmix", "1", "--rand-augment", "9", "--random-erasing", "0.3"]
+
+
+def run(output: Path, *options: str) -> int:
+    return train.main([*TINY, "--output", str(output), *options])
+
+
+def state_of(output: Path) -> dict:
+    return torch.load(output / "last.pt")
+
+
+def assert_identical(got: object, expected: object) -> None:
+    """Nested dictionaries and lists of tensors and numbers, bit by bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected)
+    elif isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_identical(got[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected, strict=True):
+            assert_identical(a, b)
+    else:
+        assert got == expected
+
+
+def figures(path: Path) -> list[dict[str, str]]:
+    """The rows of a log without speeds."""
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in read_log(path)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "whole"
+    assert run(output, *ALL_RANDOM) == 0
+    return output
+
+
+def test_logs_and_checkpoints(uninterrupted):
+    steps, epochs = read_log(uninterrupted / "steps.csv"), read_log(uninterrupted / "epochs.csv")
+    assert [int(row["step"]) for row in steps] == list(range(1, 19))
+    assert [int(row["epoch"]) for row in steps] == [0] * 6 + [1] * 6 + [2] * 6
+    assert float(steps[5]["lr"]) == 2e-3 and float(steps[-1]["lr"]) < 1e-4
+    assert [int(row["step"]) for row in epochs] == [6, 12, 18]
+    assert sorted(path.name for path in uninterrupted.iterdir()) == ["best.pt", "epochs.csv", "last.pt", "steps.csv"]
+    best = torch.load(uninterrupted / "best.pt")
+    assert best["accuracy"] == max(float(row[f"{kind}accuracy"]) for row in epochs for kind in ("", "ema_"))
+    model = ConvNeXt((1, 1), (8, 16), num_classes=10, layer_scale_init_value=1.0)
+    assert load_checkpoint(model, uninterrupted / "best.pt").format == "official"
+    assert load_checkpoint(model, uninterrupted / "last.pt").format == "official"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ended_by_a_signal_and_resumed_is_the_same(uninterrupted, tmp_path, number):
+    step = random.randint(4, 11)
+    options = [*TINY, *ALL_RANDOM, "--output", str(tmp_path), "--save-every", "3", "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "examples/train.py", *options], cwd=ROOT, env=environment)
+    stop_at(process, tmp_path, step, number)
+    assert process.returncode == (TERMINATED if number == signal.SIGTERM else -number)
+    logged, saved = len(read_log(tmp_path / "steps.csv")), state_of(tmp_path)["step"]
+    assert step <= logged < 18
+    assert saved == (logged if number == signal.SIGTERM else logged // 3 * 3), f"signalled after step {step}"
+    assert run(tmp_path, *ALL_RANDOM, "--resume") == 0
+    assert_identical(state_of(tmp_path), state_of(uninterrupted))
+    assert_identical(torch.load(tmp_path / "best.pt"), torch.load(uninterrupted / "best.pt"))
+    for log in ("steps.csv", "epochs.csv"):
+        assert figures(tmp_path / log) == figures(uninterrupted / log)
+
+
+def stop_at(process: subprocess.Popen, output: Path, step: int, number: int = signal.SIGTERM) -> None:
+    """Signals a run that has done so many steps, and waits for its end."""
+    log, last = output / "steps.csv", output / "last.pt"
+    try:
+        while process.poll() is None and not (last.exists() and len(read_log(log)) >= step):
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.wait(120)
+    finally:
+        process.kill()
+
+
+def test_a_finished_run_is_resumed_without_a_change(uninterrupted):
+    before = state_of(uninterrupted)
+    assert run(uninterrupted, *ALL_RANDOM, "--resume") == 0
+    assert_identical(state_of(uninterrupted), before)
+    assert len(read_log(uninterrupted / "epochs.csv")) == 3
+
+
+SAME = ["--drop-path", "0", "--ema", "0", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of nothing but plain PyTorch."""
+    output = tmp_path_factory.mktemp("plain")
+    assert run(output, *SAME, "--kernels", "off") == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (["--kernels", "on"], 1e-4),
+        (["--accumulate", "3"], 1e-4),
+        (["--checkpoint-activations"], 1e-4),
+        (["--compile", "aot_eager"], 1e-4),
+        (["--amp", "bf16"], 0.02),
+        (["--amp", "fp16"], 0.02),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_change_no_more_than_rounding(plain, tmp_path, options, tolerance):
+    assert run(tmp_path, *SAME, *options) == 0
+    got, expected = (
+        [[float(row[name]) for name in ("loss", "gradient_norm")] for row in read_log(folder / "steps.csv")]
+        for folder in (tmp_path, plain)
+    )
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=tolerance, atol=0)
+
+
+def test_two_processes_are_stopped_and_one_goes_on(plain, tmp_path):
+    """The losses are those of one process; those of the last, smaller batch differ, for two take no odd number."""
+    options = [*SAME, "--epochs", "2", "--save-every", "1"]
+    process = torchrun("examples/train.py", *TINY, *options, "--output", str(tmp_path))
+    stop_at(process, tmp_path, step=3)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "got signal: 15" in errors and "train.py" not in errors, errors
+    done = state_of(tmp_path)["step"]
+    assert 3 <= done == len(read_log(tmp_path / "steps.csv"))
+    assert run(tmp_path, *options, "--resume") == 0
+    rows, expected = read_log(tmp_path / "steps.csv"), read_log(plain / "steps.csv")
+    assert len(rows) == 12
+    for row, other in zip(rows[:5], expected, strict=False):
+        assert float(row["loss"]) == pytest.approx(float(other["loss"]), rel=1e-4)
+
+
+def test_the_resolution_changes_between_epochs(tmp_path):
+    assert run(tmp_path, "--resolution", "8", "16@1", "--epochs", "2", "--compile", "aot_eager") == 0
+    assert len(read_log(tmp_path / "epochs.csv")) == 2
+
+
+def test_fine_tuning(uninterrupted, tmp_path, capsys):
+    weights = state_of(uninterrupted)["model"]
+    weights |= {"head.weight": torch.randn(7, 16), "head.bias": torch.randn(7)}
+    torch.save({"model": weights}, tmp_path / "official.pth")
+    options = ["--init", str(tmp_path / "official.pth"), "--drop-path", "0.8", "--freeze", "1", "--layer-decay", "0.7"]
+    assert run(tmp_path / "run", *options, "--epochs", "1") == 0
+    assert "official checkpoint: 28 parameters loaded; ignored: head.weight, head.bias" in capsys.readouterr().out
+    tuned = state_of(tmp_path / "run")["model"]
+    changed = {name for name, value in weights.items() if not torch.equal(tuned[name], value)}
+    assert "stages.1.0.dwconv.weight" in changed
+    assert not {name for name in changed if name.startswith(("stages.0.", "downsample_layers.0."))}
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Two classes of digits, with one image that cannot be read."""
+    for part, count in (("train", 12), ("val", 2)):
+        digits = train_images(part)
+        for label in ("0", "1"):
+            (tmp_path / part / label).mkdir(parents=True)
+            for index in range(count):
+                digits[index][0].save(tmp_path / part / label / f"{index}.png")
+    (tmp_path / "train" / "1" / "7.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def train_images(part):
+    from training.data import Digits
+
+    return Digits(part == "train")
+
+
+def test_an_unreadable_image_stops_the_run_after_it_was_saved(broken_folder, tmp_path, capsys):
+    tiny = [option if option != "256" else "4" for option in TINY]
+    options = ["--data", str(broken_folder), "--workers", "0", "--log-every", "1", "--model", "convnext_atto"]
+    output = tmp_path / "run"
+    assert train.main([*tiny, *options, "--output", str(output)]) == FAILED
+    message = capsys.readouterr().err
+    assert f"image {broken_folder}/train/1/7.png cannot be read: cannot identify image" in message
+    assert message.count("\n") == 1
+    done = state_of(output)["step"]
+    assert done == len(read_log(output / "steps.csv")) > 0
+    (broken_folder / "train" / "1" / "7.png").write_bytes((broken_folder / "train" / "1" / "6.png").read_bytes())
+    assert train.main([*tiny, *options, "--output", str(output), "--resume"]) == 0
+    assert len(read_log(output / "steps.csv")) == 18
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+    assert run(tmp_path, "--lr", "1e30", "--warmup", "0") == FAILED
+    assert "the loss is nan at step" in capsys.readouterr().err
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "2000"], "--batch-size: got 2000; accepted: at most 1437, the images for training"),
+        (["--resolution", "8", "4@2"], "--resolution: got 4; accepted: at least 8, the model's stride"),
+        (["--freeze", "2"], "--freeze: got 2; accepted: less than 2, the model's stages"),
+        (["--data", "nowhere"], "nowhere/train"),
+        (["--init", "nowhere.pth"], "nowhere.pth"),
+        (["--fsdp"], "--fsdp: got a process that torchrun did not start"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refused_before_the_start(tmp_path, capsys, options, message):
+    assert run(tmp_path / "run", *options) == REFUSED
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(tmp_path / "run") == REFUSED
+    assert "--batch-size: got 256; accepted: a multiple of 3, the number of processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "holds a run already; accepted: --resume, or another folder"),
+        (["--resume"], "last.pt is of another run: drop_path is 0.05 here and 0.3 there, "),
+        (["--resume", *ALL_RANDOM, "--depths", "1", "2"], "depths is [1, 2] here and [1, 1] there"),
+    ],
+    ids=["no --resume", "other recipe", "other model"],
+)
+def test_a_run_is_not_overwritten_by_another(uninterrupted, capsys, options, message):
+    before = {path: path.read_bytes() for path in uninterrupted.iterdir()}
+    assert run(uninterrupted, *options) == REFUSED
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in uninterrupted.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "weights"], ids=["empty", "no checkpoint", "weights"])
+def test_a_file_that_holds_no_run_is_not_resumed(tmp_path, capsys, content):
+    if content == "weights":
+        torch.save({"model": {}}, tmp_path / "last.pt")
+    else:
+        (tmp_path / "last.pt").write_bytes(content)
+    assert run(tmp_path, "--resume") == REFUSED
+    assert str(tmp_path / "last.pt") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--epochs", "0"], ["--resume"], ["--resolution", "8@1"], ["--model", "resnet"], ["--batch-size", "-1"]],
+    ids=" ".join,
+)
+def test_options_that_argparse_refuses(options):
+    with pytest.raises(SystemExit) as refusal:
+        train.parse(options)
+    assert refusal.value.code == REFUSED
+
+
+def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(KeyError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("after")
+    assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_log_is_taken_up_where_the_checkpoint_stands(tmp_path):
+    path = tmp_path / "log.csv"
+    log = CsvLog(path, ("step", "loss"), before=1)
+    for step in (1, 2, 3):
+        log.add(step=step, loss=0.5)
+    with path.open("a") as file:
+        file.write("4")
+    CsvLog(path, ("step", "loss"), before=3).add(step=3, loss=0.25)
+    assert path.read_text().split() == ["step,loss", "1,0.5", "2,0.5", "3,0.25"]
+    CsvLog(None, ("step",), before=1).add(step=1)
