@@ -101,7 +101,8 @@ def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd
 
     Returns:
         The operator as Python calls it. The dispatcher, which would only come back here, is asked where something lies
-        above autograd: a compiler or a transform of `torch.func`. What lies below, modes among them, sees every call.
+        above autograd: a compiler, a tracer or a transform of `torch.func`. What lies below, modes among them, sees
+        every call.
     """
 
     def autograd(*arguments: Any) -> Any:
@@ -111,7 +112,7 @@ def differentiate(operator: torch._ops.OpOverload, function: type[torch.autograd
         return below_autograd(operator, *arguments)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
             return operator(*arguments)
         return autograd(*arguments)
 
