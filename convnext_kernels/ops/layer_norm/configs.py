@@ -38,8 +38,8 @@ def norm_candidates(channels: int) -> list[NormConfig]:
 
 
 def backward_candidates(channels: int) -> list[NormConfig]:
-    """16 elements a thread: 8 spill on sm_80 with 512 and 1024 channels, 32 of float32 on sm_90 with 40."""
-    return [c for c in norm_candidates(channels) if c.tokens * c.channels == 16 * 32 * c.warps]
+    """16 elements a thread: 8 spill on sm_80 with 512 channels; 32, or 16 warps, in float32 on sm_90 with 40."""
+    return [c for c in norm_candidates(channels) if c.warps <= 8 and c.tokens * c.channels == 16 * 32 * c.warps]
 
 
 FORWARD = Tunable("layer_norm.forward_kernel", norm_config, norm_candidates)
