@@ -30,18 +30,12 @@ from convnext_kernels.cli.errors import CommandError, names, writable
 from convnext_kernels.cli.output import save_json
 
 MINUTES = 8.0
-POLL_SECONDS, GRACE_SECONDS = 0.5, 5.0
+POLL_SECONDS, GRACE_SECONDS, PROGRESS_SECONDS = 0.5, 5.0, 15
 START_UP = 0.85
 """A part that limits itself gets so much of its time: it takes some to start, and its last case may take longer."""
 
-DONE, FAILED, STOPPED, INTERRUPTED, LEFT_OUT, WAITING = (
-    "done",
-    "failed",
-    "stopped",
-    "interrupted",
-    "left out",
-    "waiting",
-)
+DONE, FAILED, STOPPED, INTERRUPTED = "done", "failed", "stopped", "interrupted"
+LEFT_OUT, WAITING, RUNNING = "left out", "waiting", "running"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -136,8 +130,13 @@ class Run:
 
     def _watch(self, part: Part, process: subprocess.Popen[str], file: Path, seconds: float) -> str | None:
         """Takes over results as they come, until the part ends; returns why it was ended, if it was."""
-        start, seen = time.monotonic(), 0
+        start, seen, said = time.monotonic(), 0, 0
         while process.poll() is None:
+            elapsed = int(time.monotonic() - start)
+            if elapsed >= said + PROGRESS_SECONDS:
+                said = elapsed
+                kept = len(self.record["parts"][part.name]["results"])
+                print(f"  {part.name}: {elapsed} of {seconds:.0f} s, {kept} results", file=sys.stderr, flush=True)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_SECONDS)
             if file.is_file() and file.stat().st_mtime_ns != seen:
@@ -150,6 +149,7 @@ class Run:
     def measure(self, part: Part, seconds: float) -> None:
         """Runs a part for at most so long. An interruption ends it, and goes on to the caller."""
         entry, start = self.record["parts"][part.name], time.monotonic()
+        entry["state"] = RUNNING
         limit = ("--minutes", f"{START_UP * seconds / 60:.3f}") if part.limits_itself else ()
         with TemporaryDirectory() as folder:
             file, last = Path(folder) / "part.json", deque[str](maxlen=1)

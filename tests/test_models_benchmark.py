@@ -159,6 +159,19 @@ def test_the_ceilings(monkeypatch, tmp_path):
         assert rate == pytest.approx(amount / row["milliseconds"] / 1e9)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path, monkeypatch):
+    """Ours in every mode and dtype, from graphs where it should be; and the ceilings."""
+    monkeypatch.setattr(models, "NETWORKS", (Network("convnextv2_atto", 64, 8, 8),))
+    path = tmp_path / "models.json"
+    assert main(["--rounds", "2", "--json", str(path)]) == 0
+    ours = [row for row in json.loads(path.read_text())["results"] if row["contender"] == OURS]
+    assert len(ours) == 9 and all(row["failure"] is None and row["milliseconds"] > 0 for row in ours)
+    assert all(row["no_graphs"] is None and row["peak_bytes"] > 0 for row in ours)
+    assert ceilings.main(["--rounds", "2", "--json", str(path)]) == 0
+    assert all(row["milliseconds"] > 0 for row in json.loads(path.read_text())["results"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

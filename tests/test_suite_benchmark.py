@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -99,28 +100,33 @@ def test_an_interrupted_run_keeps_what_it_has(number, run, tmp_path, capfd):
         path, patience = tmp_path / "record.json", time.monotonic() + 20
         while not seen and time.monotonic() < patience:
             time.sleep(0.05)
-            seen.extend((path.exists() and json.loads(path.read_text())["parts"]["1 hangs"]["results"]) or ())
+            if path.exists() and (part := json.loads(path.read_text())["parts"]["1 hangs"])["results"]:
+                seen.append(part)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     threading.Thread(target=interrupt, daemon=True).start()
     code, content = run("measures", "hangs", "measures")
-    assert len(seen) == 2 and code == 128 + number and signal.getsignal(number) is before
+    assert [part["state"] for part in seen] == ["running"] and len(seen[0]["results"]) == 2
+    assert code == 128 + number and signal.getsignal(number) is before
     assert content["state"] == f"interrupted by {number.name}"
     assert states(content) == ["done", "interrupted", "waiting"]
     assert [len(part["results"]) for part in content["parts"].values()] == [2, 2, 0]
     assert f"interrupted by {number.name}: 4 results in" in capfd.readouterr().out
 
 
-def test_a_part_that_fails_or_hangs_leaves_the_others(run, capfd):
-    code, content = run("fails", "hangs", "measures", arguments=["--minutes", "0.05"])
+def test_a_part_that_fails_or_hangs_leaves_the_others(run, capfd, monkeypatch):
+    monkeypatch.setattr(suite, "PROGRESS_SECONDS", 1)
+    code, content = run("fails", "hangs", "measures", arguments=["--minutes", "0.1"])
     assert code == 0 and states(content) == ["failed", "stopped", "done"]
     failed, hung, _ = content["parts"].values()
     assert failed["reason"] == "ended with exit code 3: measuring fails" and hung["reason"].startswith(
         "its time was up"
     )
     assert [len(part["results"]) for part in content["parts"].values()] == [2, 2, 2]
-    assert "0 fails: failed: ended with exit code 3: measuring fails (2 results)" in capfd.readouterr().out
+    captured = capfd.readouterr()
+    assert "0 fails: failed: ended with exit code 3: measuring fails (2 results)" in captured.out
+    assert re.search(r"1 hangs: \d of \d s, 2 results", captured.err) and "    measuring hangs" in captured.err
 
 
 def test_no_speedup_where_parity_failed(run, capfd):
