@@ -14,9 +14,13 @@ import json
 import re
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with `kernels`
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "convnext_kernels"
