@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,12 +54,11 @@ class FoldReport:
     def __str__(self) -> str:
         lines = [f"{len(self.after)} blocks folded; error of a branch against float64 before, and after"]
         if self.worst is not None:
-            named = {
-                **{f"worst: {self.worst}": self.worst},
-                **{name or "the model itself": name for name in self.after},
-            }
-            lines += [f"  {label}: {self.before[name]:.1e} {self.after[name]:.1e}" for label, name in named.items()]
-        return "\n".join(lines)
+            lines.append(f"  worst: {self._line(self.worst)}")
+        return "\n".join([*lines, *(f"  {self._line(name)}" for name in self.after)])
+
+    def _line(self, name: str) -> str:
+        return f"{name or 'the model itself'}: {self.before[name]:.1e} {self.after[name]:.1e}"
 
 
 def fold_(model: nn.Module) -> FoldReport:
@@ -173,13 +173,28 @@ def _plan(block: nn.Module) -> _Plan:
     images = images.to(conv_weight, memory_format=torch.channels_last)
     arguments = flattened(block_arguments(block, _wiring(block), images))
     values = {name: value.to(arguments[name].dtype) for name, value in _folded(arguments).items()}
+    size = _size(arguments["layer_scale"])
+    unfolded = _enlarged(arguments, ("layer_scale",), size)
+    folded = _enlarged({**arguments, **dict.fromkeys(FOLDED), **values}, ("weight2", "bias2"), size)
     with torch.autocast(images.device.type, enabled=False):
         with use_backend("reference"):
-            truth = _branch(images.double(), {name: _exact(value) for name, value in arguments.items()})
-        branches = [_branch(images, {**arguments, **new}) for new in ({}, {**dict.fromkeys(FOLDED), **values})]
-    size = truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    before, after = (((branch - truth).norm() / size).item() for branch in branches)
+            truth = _branch(images.double(), {name: _exact(value) for name, value in unfolded.items()})
+        branches = [_branch(images, unfolded), _branch(images, folded)]
+    norm = truth.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    before, after = (((branch - truth).norm() / norm).item() for branch in branches)
     return _Plan(values, before, after)
+
+
+def _size(layer_scale: Tensor | None) -> float:
+    """A power of two near the largest layer scale."""
+    largest = 0.0 if layer_scale is None or not layer_scale.numel() else layer_scale.abs().max().item()
+    return 2.0 ** math.frexp(largest)[1]
+
+
+def _enlarged(arguments: Mapping[str, Any], names: tuple[str, ...], size: float) -> dict[str, Any]:
+    """The arguments for a branch that is larger by a power of two, which rounds nothing: alone, and not added to the
+    input, a small branch would underflow in float16."""
+    return {**arguments, **{name: arguments[name] / size for name in names if arguments[name] is not None}}
 
 
 def _exact(value: Any) -> Any:
