@@ -56,8 +56,8 @@ def graphed(model: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
     error. Autocast holds as it was when the graph was captured, with weights cast anew at every replay. Random numbers,
     data-dependent branches and hooks are as they were at the capture. One call at a time: the graph has one input.
 
-    `torch.cuda.make_graphed_callables` would capture a backward as well, since parameters require gradients, refuse
-    autocast's cache, spread a smaller batch over the whole input without a word, and overwrite its own outputs.
+    `torch.cuda.make_graphed_callables` would not do: outside of `torch.no_grad` it captures a backward too, it refuses
+    autocast's cache, spreads a batch of one over the whole input without a word, and overwrites its own outputs.
 
     Args:
         model: any module of one tensor in eval mode, ours, accelerated, folded or another's, on the example's device.
