@@ -24,7 +24,7 @@ BATCH, RGB = 256, 3
 
 LEFT_OUT = (
     "launches, latencies, caches, unfilled tiles, what the products' kernels do besides multiplying, and clocks that "
-    "fall under load; every product is taken at the data sheet's peak: a bound, which no run reaches"
+    "fall under load, and take every product at the data sheet's peak: no run reaches them"
 )
 
 PAPER = {
@@ -152,10 +152,10 @@ def table(path: Path = STATIC_REPORT) -> str:
         f"{gpu.assumed['bytes_per_second'] / 1e12:g} TB/s"
         for gpu in devices
     )
-    heads = ["model", "paper, A100, TF32", *(f"{gpu.name}, {precision.name}, predicted" for gpu, precision in columns)]
+    heads = ["model", "paper, A100, TF32", *(f"{gpu.name}, {precision.name}, bound" for gpu, precision in columns)]
     lines = [
-        "Predicted, not measured: images per second in inference, from counted bytes, operations and instructions, and "
-        f"from peaks ({assumed}). The prediction leaves out {LEFT_OUT}. The paper's column was measured.",
+        "Upper bounds, predicted and not measured: images per second in inference, from counted bytes, operations and "
+        f"instructions, and from peaks ({assumed}). They leave out {LEFT_OUT}. The paper's column was measured.",
         "",
         f"| {' | '.join(heads)} |",
         f"| --- |{' --: |' * (len(heads) - 1)}",

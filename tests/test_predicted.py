@@ -62,9 +62,12 @@ def test_a_convolution_by_hand():
 
 def test_the_table_says_what_it_is():
     caption, _, head, rule, *lines = table().splitlines()
-    assert caption.startswith("Predicted, not measured: ") and "leaves out launches, latencies, caches" in caption
+    assert (
+        caption.startswith("Upper bounds, predicted and not measured: ")
+        and "leave out launches, latencies, caches" in caption
+    )
     assert "A100 156 and 312 TFLOP/s in TF32 and 16 bits, 2 TB/s; H200 494.5 and 989" in caption
-    assert head.count("predicted") == 4 and head.count("|") == rule.count("|") == lines[0].count("|")
+    assert head.count("bound") == 4 and head.count("|") == rule.count("|") == lines[0].count("|")
     assert [float(line.split("|")[2]) for line in lines] == list(PAPER.values())
     assert lines[0].startswith("| convnext_tiny at 224 px | 1943.5 |")
 
