@@ -93,6 +93,10 @@ def timm_csatv2() -> nn.Module:
     return timm.create_model("csatv2", dims=DIMS, depths=(1, 1, 1, 1), transformer_depths=(0, 0, 0, 0))
 
 
+def timm_swiftformer() -> nn.Module:
+    return timm.create_model("swiftformer_xs", layers=(1, 2), embed_dims=(16, 24), downsamples=(False, True))
+
+
 def torchvision_model() -> nn.Module:
     convnext = torchvision.models.convnext
     settings = [convnext.CNBlockConfig(*sizes) for sizes in zip(DIMS, [*DIMS[1:], None], DEPTHS, strict=True)]
@@ -106,7 +110,9 @@ def torchvision_maps(model: Any, images: Tensor) -> Any:
     return maps[1:], model.classifier(model.avgpool(maps[-1]))
 
 
-def transformers_host(family: str, kind: str, block: str, **options: Any) -> Host:
+def transformers_host(
+    family: str, kind: str, block: str, skipped: Mapping[str, int] | None = None, **options: Any
+) -> Host:
     sizes = {"depths": list(DEPTHS), "hidden_sizes": list(DIMS), "num_labels": CLASSES, "drop_path_rate": DROP_PATH}
     if kind == "Backbone":
         sizes["out_features"] = ["stage1", "stage2", "stage3", "stage4"]
@@ -118,7 +124,8 @@ def transformers_host(family: str, kind: str, block: str, **options: Any) -> Hos
     def run(model: nn.Module, images: Tensor) -> Any:
         return model(images, output_hidden_states=True).to_tuple()
 
-    return Host(build, {f"transformers {block}": 5, f"{family}LayerNorm": 4}, run=run)
+    converted = {} if skipped else {f"transformers {block}": 5, f"{family}LayerNorm": 4}
+    return Host(build, converted, skipped or {}, run)
 
 
 def fuser_host(kind: type[nn.Module], config: str, block: str) -> Host:
@@ -140,12 +147,20 @@ def official_host(kind: Any = doubles.OfficialNetwork, norms: int = 4, **options
     return Host(build, {block: sum(depths)} | ({norm: norms} if norms else {}), follows=True)
 
 
+def audio_block() -> nn.Module:
+    """Vocos' and its like are ConvNeXt's in one dimension."""
+    block = doubles.OfficialBlock(16)
+    block.dwconv = nn.Conv1d(16, 16, 7, padding=3, groups=16)
+    return nn.Sequential(block)
+
+
 def sam2_fuser() -> nn.Module:
     return nn.Sequential(*(doubles.OfficialBlock(16, images_norm=True) for _ in range(2)))
 
 
 SIMPLE_NORM = "its `norm` is a SimpleNorm2d; accepted: a layer norm"
 RMS_NORM = "its `norm` is a RmsNorm{}; accepted: a layer norm"
+RELU = "its `act` is a ReLU; accepted: GELU, exact or by tanh"
 SILU = "its `mlp.act` is a SiLU; accepted: GELU, exact or by tanh"
 EXTRA = "it has `{}`, a {}, which ConvNeXt's block has not"
 WIDENS = "its `conv_dw` is not depthwise: {} to {} channels in {} groups"
@@ -225,5 +240,8 @@ OTHERS = {
         },
     ),
     "timm CSATv2": Host(timm_csatv2, {}, {EXTRA.format("attn", "SpatialAttention"): 4}),
+    "timm SwiftFormer": Host(timm_swiftformer, {}, {EXTRA.format("layer_scale", "LayerScale2d"): 3}),
+    "transformers ReLU": transformers_host("ConvNext", "Model", "ConvNextLayer", hidden_act="relu", skipped={RELU: 5}),
+    "audio": Host(audio_block, {}, {"its `dwconv` is a Conv1d; accepted: Conv2d": 1}),
 }
 """Those that keep all of their blocks, and why."""
