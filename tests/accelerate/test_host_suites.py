@@ -129,6 +129,15 @@ class TestTorchvision:
     def test_backward(self):
         assert_same(*(gradients(model, images(4)) for model in pair(HOSTS["torchvision"].make())))
 
+    def test_fx_and_the_gradient_of_images(self):
+        ours, theirs = pair(HOSTS["torchvision"].make().eval())
+        results = []
+        for model in (torch.fx.symbolic_trace(ours), theirs):
+            input = images().requires_grad_()
+            output = model(input)
+            results.append((output, *torch.autograd.grad(output.square().sum(), input)))
+        assert_same(*results)
+
 
 @each_transformers
 class TestTransformers:
