@@ -60,7 +60,7 @@ class Learner:
             if not dist.is_initialized():
                 raise ValueError("--fsdp: got a process that torchrun did not start; accepted: one that it did")
             for whole in (model, self.ema.module) if self.ema else (model,):
-                processes.shard(whole, recipe.blocks_of(whole), dtype)
+                processes.shard(whole, recipe.blocks_of(whole), dtype, world)
         self.parallel: nn.Module = model if options.fsdp else processes.replicate(model, world)
         # Sharded models compute in their policy's dtype; autocast would only cast once more.
         self.autocast = torch.autocast(world.device.type, dtype, enabled=dtype is not None and not options.fsdp)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,7 +62,7 @@ def join(device: str) -> Processes:
     return Processes(rank, size, own)
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None) -> None:
+def shard(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None, processes: Processes) -> None:
     """Spreads parameters, gradients and what the optimizer will keep over all processes (FSDP2), block by block.
 
     Args:
@@ -69,10 +70,11 @@ def shard(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None) 
     """
     for parameter in model.parameters():  # FSDP2 takes no channels-last weights
         parameter.data = parameter.data.contiguous()
+    mesh = init_device_mesh(processes.device.type, (processes.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:

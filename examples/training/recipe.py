@@ -32,10 +32,8 @@ def layer_of(name: str, depths: tuple[int, ...]) -> int:
     """
     if name.startswith(("stem.", "downsample_layers.0.")):
         return 0
-    place = re.match(r"(?:downsample_layers|stages)\.(\d+)\.(\d+)|blocks\.()(\d+)", name)
-    stage, block = (int(place[1] or 0), int(place[2] or place[4])) if place else (len(depths), 0)
-    if name.startswith("downsample_layers."):
-        block = 0
+    place = re.match(r"(?:downsample_layers|stages)\.(\d+)\.(\d+)", name.replace("blocks.", "stages.0."))
+    stage, block = map(int, place.groups()) if place else (len(depths), 0)
     return 1 + sum(-(-depth // BLOCKS_PER_LAYER) for depth in depths[:stage]) + block // BLOCKS_PER_LAYER
 
 

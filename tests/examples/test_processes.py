@@ -12,7 +12,7 @@ from support import relative_error
 from training.processes import Processes
 from two_processes import GRADIENTS, STATES, gradients_of, learner, state_of
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each of two processes")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,10 +26,17 @@ def torchrun(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
+def alone(request: pytest.FixtureRequest) -> Processes:
+    """One process on its device."""
+    return Processes(0, 1, torch.device(request.param))
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(alone: Processes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found: Gloo's on the CPU, NCCL's on GPUs."""
     folder = tmp_path_factory.mktemp("two")
-    process = torchrun(str(Path(__file__).with_name("two_processes.py")), str(folder))
+    process = torchrun(str(Path(__file__).with_name("two_processes.py")), str(folder), alone.device.type)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 0 and "Warning" not in errors, errors
     return torch.load(folder / "found.pt")
@@ -40,17 +47,17 @@ def without_fsdp(arguments: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("case", [case for case in GRADIENTS if "bf16" not in case])
-def test_gradients_are_those_of_one_process_with_the_whole_batch(found, case):
-    expected = gradients_of(learner(ALONE), ALONE)
+def test_gradients_are_those_of_one_process_with_the_whole_batch(alone, found, case):
+    expected = gradients_of(learner(alone), alone)
     assert found["gradients"][case].keys() == expected.keys()
     for name, gradient in expected.items():
         assert relative_error(found["gradients"][case][name], gradient) < 1e-5, name
 
 
 @pytest.mark.parametrize("case", [case for case in GRADIENTS if "bf16" in case])
-def test_sharded_gradients_in_bf16_are_as_accurate_as_autocast(found, case):
-    exact = gradients_of(learner(ALONE), ALONE)
-    autocast = gradients_of(learner(ALONE, *without_fsdp(GRADIENTS[case])), ALONE)
+def test_sharded_gradients_in_bf16_are_as_accurate_as_autocast(alone, found, case):
+    exact = gradients_of(learner(alone), alone)
+    autocast = gradients_of(learner(alone, *without_fsdp(GRADIENTS[case])), alone)
     errors, allowed = (
         torch.tensor([relative_error(gradients[name], exact[name]) for name in exact])
         for gradients in (found["gradients"][case], autocast)
@@ -60,12 +67,12 @@ def test_sharded_gradients_in_bf16_are_as_accurate_as_autocast(found, case):
 
 
 @pytest.mark.parametrize("case", list(STATES))
-def test_a_step_a_checkpoint_and_a_step_more_are_those_of_one_process(found, case, tmp_path):
-    expected = state_of(ALONE, tmp_path, *without_fsdp(STATES[case]))
+def test_a_step_a_checkpoint_and_a_step_more_are_those_of_one_process(alone, found, case, tmp_path):
+    expected = state_of(alone, tmp_path, *without_fsdp(STATES[case]))
     got = found["states"][case]
     assert got["scaler"] == expected["scaler"]
     assert got["scheduler"]["last_epoch"] == 2
-    before = learner(ALONE).model.state_dict()
+    before = {name: value.cpu() for name, value in learner(alone).model.state_dict().items()}
     allowed = 2e-2 if "fp16" in case else 1e-4
     for part in ("model", "ema"):
         assert got[part].keys() == expected[part].keys()

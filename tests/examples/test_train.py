@@ -114,6 +114,11 @@ def test_a_finished_run_is_resumed_without_a_change(uninterrupted):
     assert len(read_log(uninterrupted / "epochs.csv")) == 3
 
 
+def test_digits_are_learnt(tmp_path):
+    assert train.main(["--output", str(tmp_path), "--epochs", "8", "--device", "cpu"]) == 0
+    assert float(read_log(tmp_path / "epochs.csv")[-1]["accuracy"]) >= 0.95
+
+
 SAME = ["--drop-path", "0", "--ema", "0", "--epochs", "1"]
 
 

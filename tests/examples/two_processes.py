@@ -12,6 +12,8 @@ from training.processes import Processes, join
 
 IMAGES = 6
 
+IEEE = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -20,7 +22,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def part(world: Processes) -> list[torch.Tensor]:
     """Every other image for each of two processes."""
-    return [tensor[world.rank :: world.size] for tensor in batch()]
+    return [tensor[world.rank :: world.size].to(world.device) for tensor in batch()]
 
 
 def learner(world: Processes, *arguments: str) -> Learner:
@@ -28,13 +30,15 @@ def learner(world: Processes, *arguments: str) -> Learner:
     return Learner(build_model(options, classes=10), options, world, warmup=1, total=4)
 
 
+@IEEE
 def gradients_of(learner: Learner, world: Processes) -> dict[str, torch.Tensor]:
     """Of the mean loss over the whole batch."""
     learner.backward(*part(world))
     gradients = {name: parameter.grad for name, parameter in learner.model.named_parameters()}
-    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).cpu() for name, g in gradients.items()}
 
 
+@IEEE
 def state_of(world: Processes, folder: Path, *arguments: str) -> dict[str, Any]:
     """After two steps, of which the second is one of a new learner that took up the first's state.
 
@@ -66,11 +70,16 @@ GRADIENTS = {
     "fsdp, bf16, plain": ("--fsdp", "--amp", "bf16", "--kernels", "off"),
 }
 
-STATES = {"ddp": (), "fsdp": ("--fsdp", "--checkpoint-activations"), "fsdp, fp16": ("--fsdp", "--amp", "fp16")}
+STATES = {
+    "ddp": ("--compile", "aot_eager"),
+    "fsdp": ("--fsdp", "--checkpoint-activations"),
+    "fsdp, compiled": ("--fsdp", "--compile", "aot_eager"),
+    "fsdp, fp16": ("--fsdp", "--amp", "fp16"),
+}
 
 
-def main(folder: Path) -> None:
-    world = join("cpu")
+def main(folder: Path, device: str) -> None:
+    world = join(device)
     gradients = {case: gradients_of(learner(world, *arguments), world) for case, arguments in GRADIENTS.items()}
     states = {case: state_of(world, folder, *arguments) for case, arguments in STATES.items()}
     if world.is_first:
@@ -79,4 +88,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
