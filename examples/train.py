@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 examples/train.py --data FOLDER           the paper's recipe on eight GPUs
     python examples/train.py --data FOLDER --init convnext_base.pth --drop-path 0.8 --layer-decay 0.7     fine-tuning
 
-FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE. examples/README.md says what is written where, and how a run is
-resumed. Exit codes: 0 done, 1 stopped by bad data or a loss that is no number, 2 refused before the start, 143 saved
-after SIGTERM.
+FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE. The defaults below are the paper's; the digits have their own.
+examples/README.md says what is written where, and how a run is resumed. Exit codes: 0 done, 1 stopped by bad data or a
+loss that is no number, 2 refused before the start, 143 saved after SIGTERM.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ DIGITS = {
 """What differs from the paper's recipe for images of 8x8 pixels and a minute of time."""
 
 
-def resolution_from(text: str) -> tuple[int, int]:
+METAVARS = {int: "N", float: "X", str: "PATH"}
+
+
+def pixels_at(text: str) -> tuple[int, int]:
     """ "192@10" -> (10, 192): 192 pixels from epoch 10 on; "160" -> (0, 160)."""
     pixels, _, epoch = text.partition("@")
     return int(epoch or 0), int(pixels)
@@ -60,13 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     def add(name: str, default: object, help: str, **options: object) -> None:
-        if "action" not in options and "type" not in options and "choices" not in options:
-            options["type"] = type(default)
-        shown = "" if default in (None, False) else " (%(default)s)"
+        if not options.keys() & {"action", "choices"}:
+            options.setdefault("type", type(default))
+            options.setdefault("metavar", METAVARS.get(options["type"]))
+        shown = "" if default in (None, "") or isinstance(default, bool | list) else " (%(default)s)"
         parser.add_argument(name, default=default, help=help + shown, **options)
 
     add("--data", "digits", '"digits" or a folder')
-    add("--output", "", "folder of checkpoints and logs; it must hold no run (runs/DATA-TIME)")
+    add("--output", "", "folder of checkpoints and logs, of no other run (runs/DATA-TIME)")
     add("--resume", False, "go on with the run in --output, if there is one", action="store_true")
     add("--kernels", "on", "this package's operators, or plain PyTorch", choices=("on", "off"))
     add("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
@@ -90,17 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-lr", 1e-6, "last learning rate")
     add("--layer-decay", 1.0, "of the learning rate, from a layer to the one before")
     add("--weight-decay", 0.05, "of AdamW")
-    add("--betas", [0.9, 0.999], "of AdamW", type=float, nargs=2)
+    add("--betas", [0.9, 0.999], "of AdamW (0.9 0.999)", type=float, nargs=2)
     add("--clip", 0.0, "highest norm of the gradients; 0: any")
     add("--drop-path", 0.1, "stochastic depth of the last block")
     add("--ema", 0.9999, "decay of the weights' moving average; 0: none")
     add("--smoothing", 0.1, "of the labels")
 
-    add(
-        "--resolution", [(0, 224)], "pixels, and from which epoch", type=resolution_from, nargs="+", metavar="R[@EPOCH]"
-    )
+    add("--resolution", [(0, 224)], "pixels, from an epoch on (224)", type=pixels_at, nargs="+", metavar="R[@EPOCH]")
     add("--crop", 0.875, "part of the shorter side that is evaluated")
-    add("--crop-scale", [0.08, 1.0], "parts of the area that are cropped in training", type=float, nargs=2)
+    add("--crop-scale", [0.08, 1.0], "parts of the area to crop in training (0.08 1)", type=float, nargs=2)
     add("--flip", 0.5, "probability of a mirrored image")
     add("--rand-augment", 9, "magnitude; 0: off")
     add("--random-erasing", 0.25, "probability")
@@ -109,7 +111,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     add("--amp", "off", "dtype of computation", choices=tuple(AMP))
     add("--fsdp", False, "shard parameters and optimizer over the processes of torchrun (FSDP2)", action="store_true")
-    add("--compile", None, "torch.compile, with a backend (inductor)", type=str, nargs="?", const="inductor")
+    add(
+        "--compile",
+        None,
+        "torch.compile, with a backend (inductor)",
+        type=str,
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+    )
     add("--checkpoint-activations", False, "run each block's forward again in backward", action="store_true")
     return parser
 

@@ -1,29 +1,17 @@
 """Two processes of examples/train.py compute what one does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launch import torchrun
 from support import relative_error
+from training.data import PADDING
 from training.processes import Processes
 from two_processes import GRADIENTS, STATES, gradients_of, learner, state_of
 
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each of two processes")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def torchrun(*arguments: str) -> subprocess.Popen[str]:
-    """Starts two processes on the CPU, of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, TWO_GPUS])])
@@ -81,3 +69,12 @@ def test_a_step_a_checkpoint_and_a_step_more_are_those_of_one_process(alone, fou
             for name, value in expected[part].items()
         }
         assert max(errors.values()) < allowed, errors
+
+
+def test_padding_counts_for_nothing_in_the_evaluation():
+    world = Processes(0, 1, torch.device("cpu"))
+    images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, PADDING, 4, PADDING])
+    trained = learner(world)
+    figures = [trained.evaluate(trained.model, [(images[kept], labels[kept])]) for kept in (labels >= -1, labels >= 0)]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+    assert trained.model.training

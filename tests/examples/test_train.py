@@ -1,17 +1,13 @@
 """examples/train.py as it is called: what it writes, resumes and refuses."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import train
-from test_processes import ROOT, torchrun
+from launch import python, stop_at, torchrun
 from training.files import CsvLog, read_log, replacing
 from training.loop import FAILED, REFUSED, TERMINATED
 
@@ -81,30 +77,19 @@ def test_logs_and_checkpoints(uninterrupted):
 def test_a_run_ended_by_a_signal_and_resumed_is_the_same(uninterrupted, tmp_path, number):
     step = random.randint(4, 11)
     options = [*TINY, *ALL_RANDOM, "--output", str(tmp_path), "--save-every", "3", "--workers", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "examples/train.py", *options], cwd=ROOT, env=environment)
+    process = python("examples/train.py", *options)
     stop_at(process, tmp_path, step, number)
     assert process.returncode == (TERMINATED if number == signal.SIGTERM else -number)
     logged, saved = len(read_log(tmp_path / "steps.csv")), state_of(tmp_path)["step"]
     assert step <= logged < 18
-    assert saved == (logged if number == signal.SIGTERM else logged // 3 * 3), f"signalled after step {step}"
+    # It may have been killed between a row and its checkpoint.
+    expected = {logged} if number == signal.SIGTERM else {logged // 3 * 3, (logged - 1) // 3 * 3}
+    assert saved in expected, f"signalled after step {step}"
     assert run(tmp_path, *ALL_RANDOM, "--resume") == 0
     assert_identical(state_of(tmp_path), state_of(uninterrupted))
     assert_identical(torch.load(tmp_path / "best.pt"), torch.load(uninterrupted / "best.pt"))
     for log in ("steps.csv", "epochs.csv"):
         assert figures(tmp_path / log) == figures(uninterrupted / log)
-
-
-def stop_at(process: subprocess.Popen, output: Path, step: int, number: int = signal.SIGTERM) -> None:
-    """Signals a run that has done so many steps, and waits for its end."""
-    log, last = output / "steps.csv", output / "last.pt"
-    try:
-        while process.poll() is None and not (last.exists() and len(read_log(log)) >= step):
-            time.sleep(0.01)
-        process.send_signal(number)
-        process.wait(120)
-    finally:
-        process.kill()
 
 
 def test_a_finished_run_is_resumed_without_a_change(uninterrupted):
@@ -155,8 +140,7 @@ def test_two_processes_are_stopped_and_one_goes_on(plain, tmp_path):
     """The losses are those of one process; those of the last, smaller batch differ, for two take no odd number."""
     options = [*SAME, "--epochs", "2", "--save-every", "1"]
     process = torchrun("examples/train.py", *TINY, *options, "--output", str(tmp_path))
-    stop_at(process, tmp_path, step=3)
-    errors = process.communicate(timeout=120)[1]
+    errors = stop_at(process, tmp_path, step=3)
     assert process.returncode == 1 and "got signal: 15" in errors and "train.py" not in errors, errors
     done = state_of(tmp_path)["step"]
     assert 3 <= done == len(read_log(tmp_path / "steps.csv"))
