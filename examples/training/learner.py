@@ -103,7 +103,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy of `model` or `ema` over all processes' images."""
+        """Mean cross-entropy and accuracy of `model` or `ema` over all processes' images; NaN if there were none."""
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
         model.eval()
         for images, labels in batches:
@@ -113,7 +113,7 @@ class Learner:
             sums += torch.stack([loss, (logits.argmax(1) == labels).sum(), (labels != PADDING).sum()])
         model.train()
         loss, right, images = self.world.sum(sums).tolist()
-        return loss / images, right / images
+        return (loss / images, right / images) if images else (math.nan, math.nan)
 
     def state(self) -> dict[str, Any]:
         """All of it, whole and on the CPU, for the first process only. Every process must call this."""

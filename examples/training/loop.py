@@ -54,6 +54,7 @@ class Trainer:
         self.order = data.TrainingOrder(len(training), options.batch_size, options.seed, world.rank, world.size)
         self.per_epoch = self.order.steps_per_epoch
         self.total = options.epochs * self.per_epoch
+        self.sizes = {"images": len(training), "classes": len(training.classes), "steps_per_epoch": self.per_epoch}
 
         model = build_model(options, len(training.classes))
         state = checkpoint.read(self.last, self._identity()) if self.last.exists() else None
@@ -67,8 +68,8 @@ class Trainer:
         self._open_loaders(training, validation)
 
     def _identity(self) -> dict[str, Any]:
-        """The options that make this run what it is."""
-        return {name: value for name, value in vars(self.options).items() if name not in MAY_CHANGE}
+        """The options that make this run what it is, and the sizes of its data."""
+        return self.sizes | {name: value for name, value in vars(self.options).items() if name not in MAY_CHANGE}
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.learner.load(state)
@@ -121,7 +122,7 @@ class Trainer:
             finally:
                 signal.signal(signal.SIGTERM, previous)
         if self.exit_code == TERMINATED:
-            self._say(f"stopped by SIGTERM; {self.last} stands after step {self.step}; --resume goes on from there")
+            self._say(f"stopped by SIGTERM after step {self.step}; --resume --output {self.output} goes on from there")
         return self.exit_code
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
@@ -130,6 +131,8 @@ class Trainer:
     def _epochs(self) -> None:
         if self.step and self.step % self.per_epoch == 0:
             self._evaluate(speed=math.nan)
+        if self.exit_code:
+            return
         images, since = 0, time.perf_counter()
         for batch in self._batches(self.training):
             images += self._train(*batch) * self.world.size

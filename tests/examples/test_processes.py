@@ -71,6 +71,11 @@ def test_a_step_a_checkpoint_and_a_step_more_are_those_of_one_process(alone, fou
         assert max(errors.values()) < allowed, errors
 
 
+def test_a_reason_to_stop_is_every_process_s(found):
+    """5 is what the first gave, 6 the second."""
+    assert found["highest"] == 6
+
+
 def test_padding_counts_for_nothing_in_the_evaluation():
     world = Processes(0, 1, torch.device("cpu"))
     images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, PADDING, 4, PADDING])

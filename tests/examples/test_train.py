@@ -8,6 +8,7 @@ import pytest
 import torch
 import train
 from launch import python, stop_at, torchrun
+from training import data
 from training.files import CsvLog, read_log, replacing
 from training.loop import FAILED, REFUSED, TERMINATED
 
@@ -78,8 +79,8 @@ def test_a_run_ended_by_a_signal_and_resumed_is_the_same(uninterrupted, tmp_path
     step = random.randint(4, 11)
     options = [*TINY, *ALL_RANDOM, "--output", str(tmp_path), "--save-every", "3", "--workers", "1"]
     process = python("examples/train.py", *options)
-    stop_at(process, tmp_path, step, number)
-    assert process.returncode == (TERMINATED if number == signal.SIGTERM else -number)
+    errors = stop_at(process, tmp_path, step, number)
+    assert process.returncode == (TERMINATED if number == signal.SIGTERM else -number), errors
     logged, saved = len(read_log(tmp_path / "steps.csv")), state_of(tmp_path)["step"]
     assert step <= logged < 18
     # It may have been killed between a row and its checkpoint.
@@ -90,6 +91,19 @@ def test_a_run_ended_by_a_signal_and_resumed_is_the_same(uninterrupted, tmp_path
     assert_identical(torch.load(tmp_path / "best.pt"), torch.load(uninterrupted / "best.pt"))
     for log in ("steps.csv", "epochs.csv"):
         assert figures(tmp_path / log) == figures(uninterrupted / log)
+
+
+def test_a_run_stopped_while_it_is_evaluated_and_resumed_is_the_same(uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        read = data.ValidationImages.__getitem__
+        patch.setattr(
+            data.ValidationImages, "__getitem__", lambda *key: signal.raise_signal(signal.SIGTERM) or read(*key)
+        )
+        assert run(tmp_path, *ALL_RANDOM) == TERMINATED
+    assert state_of(tmp_path)["step"] == 6 and read_log(tmp_path / "epochs.csv") == []
+    assert run(tmp_path, *ALL_RANDOM, "--resume") == 0
+    assert_identical(state_of(tmp_path), state_of(uninterrupted))
+    assert figures(tmp_path / "epochs.csv") == figures(uninterrupted / "epochs.csv")
 
 
 def test_a_finished_run_is_resumed_without_a_change(uninterrupted):
@@ -170,37 +184,48 @@ def test_fine_tuning(uninterrupted, tmp_path, capsys):
 
 
 @pytest.fixture
-def broken_folder(tmp_path):
-    """Two classes of digits, with one image that cannot be read."""
+def folder(tmp_path):
+    """Two classes of digits: 24 images for training, 4 for validation."""
     for part, count in (("train", 12), ("val", 2)):
-        digits = train_images(part)
+        digits = data.Digits(part == "train")
         for label in ("0", "1"):
             (tmp_path / part / label).mkdir(parents=True)
             for index in range(count):
                 digits[index][0].save(tmp_path / part / label / f"{index}.png")
-    (tmp_path / "train" / "1" / "7.png").write_bytes(b"no image")
     return tmp_path
 
 
-def train_images(part):
-    from training.data import Digits
+def run_folder(folder: Path, *options: str) -> int:
+    """Six steps an epoch, of four images."""
+    small = ["--batch-size", "4", "--workers", "0", "--log-every", "1", "--model", "convnext_atto"]
+    return run(folder / "run", *small, "--data", str(folder), *options)
 
-    return Digits(part == "train")
 
-
-def test_an_unreadable_image_stops_the_run_after_it_was_saved(broken_folder, tmp_path, capsys):
-    tiny = [option if option != "256" else "4" for option in TINY]
-    options = ["--data", str(broken_folder), "--workers", "0", "--log-every", "1", "--model", "convnext_atto"]
-    output = tmp_path / "run"
-    assert train.main([*tiny, *options, "--output", str(output)]) == FAILED
+def test_an_unreadable_image_stops_the_run_after_it_was_saved(folder, capsys):
+    broken = folder / "train" / "1" / "7.png"
+    broken.write_bytes(b"no image")
+    assert run_folder(folder) == FAILED
     message = capsys.readouterr().err
-    assert f"image {broken_folder}/train/1/7.png cannot be read: cannot identify image" in message
-    assert message.count("\n") == 1
-    done = state_of(output)["step"]
-    assert done == len(read_log(output / "steps.csv")) > 0
-    (broken_folder / "train" / "1" / "7.png").write_bytes((broken_folder / "train" / "1" / "6.png").read_bytes())
-    assert train.main([*tiny, *options, "--output", str(output), "--resume"]) == 0
-    assert len(read_log(output / "steps.csv")) == 18
+    assert f"image {broken} cannot be read: cannot identify image" in message and message.count("\n") == 1
+    assert state_of(folder / "run")["step"] == len(read_log(folder / "run" / "steps.csv")) > 0
+    broken.unlink()
+    assert run_folder(folder, "--resume") == REFUSED
+    assert "last.pt is of another run: images is 23 here and 24 there" in capsys.readouterr().err
+    broken.write_bytes(broken.with_name("6.png").read_bytes())
+    assert run_folder(folder, "--resume") == 0
+    assert len(read_log(folder / "run" / "steps.csv")) == 18
+
+
+def test_an_unreadable_image_for_validation_stops_the_run_until_it_is_there(folder):
+    broken = folder / "val" / "1" / "0.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    for again in ([], ["--resume"]):
+        assert run_folder(folder, *again) == FAILED
+        assert state_of(folder / "run")["step"] == len(read_log(folder / "run" / "steps.csv")) == 6
+    broken.write_bytes(whole)
+    assert run_folder(folder, "--resume") == 0
+    assert len(read_log(folder / "run" / "epochs.csv")) == 3
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):

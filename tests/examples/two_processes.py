@@ -82,8 +82,9 @@ def main(folder: Path, device: str) -> None:
     world = join(device)
     gradients = {case: gradients_of(learner(world, *arguments), world) for case, arguments in GRADIENTS.items()}
     states = {case: state_of(world, folder, *arguments) for case, arguments in STATES.items()}
+    highest = world.highest(5 + world.rank)
     if world.is_first:
-        torch.save({"gradients": gradients, "states": states}, folder / "found.pt")
+        torch.save({"gradients": gradients, "states": states, "highest": highest}, folder / "found.pt")
     torch.distributed.destroy_process_group()
 
 
