@@ -10,7 +10,7 @@ from torch import nn
 
 from convnext_kernels.accelerate.plan import ALREADY, Filter, Step, plan_blocks, plan_norms
 from convnext_kernels.accelerate.report import Report
-from convnext_kernels.accelerate.swap import Swapped, swap, unswap, wrapper_of
+from convnext_kernels.accelerate.swap import Swapped, restore_obstacle, swap, unswap
 
 __all__ = ["Report", "accelerate", "restore"]
 
@@ -26,10 +26,10 @@ def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
 
     A swapped module keeps its place, class (for isinstance), name, parameters, their names and hooks on itself; only
     its forward is ours. Copies, pickles, `.to()`, checkpointing, DDP, FSDP2, torch.compile, torch.export,
-    torch.fx.symbolic_trace and torch.jit.trace work; torch.jit.script is refused. Drop path is drawn by the host's own
-    module, so that a seed gives the same masks. While hooks, parametrisations or other modules lie in a block, its
-    host's forward runs, with a warning. Under autocast, blocks that follow each other hand on 16-bit tensors; the last
-    of a row returns float32, as the host's do.
+    torch.fx.symbolic_trace and torch.jit.trace work; torch.jit.script restores what it compiles, with a warning. Drop
+    path is drawn by the host's own module, so that a seed gives the same masks. While hooks, parametrisations or other
+    modules lie in a block, its host's forward runs, with a warning. Under autocast, blocks that follow each other hand
+    on 16-bit tensors; the last of a row returns float32, as the host's do.
 
     Args:
         model: any module that has such blocks, or is one.
@@ -74,14 +74,9 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     """
     swapped = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     for name, module in swapped.items():
-        if module.folded:
+        if obstacle := restore_obstacle(module):
             raise RuntimeError(
-                f"restore: the parameters of `{name}` have been folded by fold_, and its host's forward needs them as"
-                " they were; accepted: models that have not been folded"
-            )
-        if wrapper := wrapper_of(module):
-            raise RuntimeError(
-                f"restore: `{name}` has been made a {wrapper} since; accepted: modules not wrapped since"
+                f"restore: `{name}` {obstacle}; accepted: modules neither folded nor wrapped since accelerate"
             )
     for module in swapped.values():
         unswap(module)

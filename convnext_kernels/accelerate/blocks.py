@@ -1,9 +1,8 @@
 """A host's ConvNeXt block with our operator as its forward."""
 
-from __future__ import annotations
+# Without postponed annotations: TorchScript cannot read those of `run_block`.
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -126,7 +125,28 @@ def wired_forward(block: nn.Module, wiring: Wiring, input: Tensor, chained: bool
     return run_block(input, arguments, chained, adapter.follows_input)
 
 
-def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> dict[str, Any]:
+class BlockArguments(NamedTuple):
+    """Those of `functional.convnext_block` in a host's shapes; a tuple because TorchScript has no other mixed type."""
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    weight1: Tensor
+    bias1: Tensor | None
+    weight2: Tensor
+    bias2: Tensor | None
+    layer_scale: Tensor | None
+    drop_path_factor: Tensor | None
+    grn_weight: Tensor | None
+    grn_bias: Tensor | None
+    dilation: int
+    eps: float
+    grn_eps: float
+    activation: str
+
+
+def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> BlockArguments:
     """The arguments of `functional.convnext_block` out of a host's block, with drop path drawn as the host draws it."""
     conv, norm, linear1, linear2, grn, drop_path = wiring.parts(block)
     name = wiring.adapter.layer_scale
@@ -135,24 +155,24 @@ def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> dict[str
     factor = None
     if drop_path is not None and drop_path.training and drop_rate(drop_path):
         factor = drop_path(branch_of_ones(input, layer_scale))
-    return {
-        "conv_weight": conv.weight,
-        "conv_bias": conv.bias,
-        "norm_weight": norm.weight,
-        "norm_bias": norm.bias,
-        "weight1": linear1.weight,
-        "bias1": linear1.bias,
-        "weight2": linear2.weight,
-        "bias2": linear2.bias,
-        "layer_scale": layer_scale,
-        "drop_path_factor": factor,
-        "grn_weight": None if grn is None else getattr(grn, weight),
-        "grn_bias": None if grn is None else getattr(grn, bias),
-        "dilation": conv.dilation[0],
-        "eps": norm.eps,
-        "grn_eps": getattr(grn, "eps", GRN_EPS),
-        "activation": wiring.activation,
-    }
+    return BlockArguments(
+        conv_weight=conv.weight,
+        conv_bias=conv.bias,
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        weight1=linear1.weight,
+        bias1=linear1.bias,
+        weight2=linear2.weight,
+        bias2=linear2.bias,
+        layer_scale=layer_scale,
+        drop_path_factor=factor,
+        grn_weight=None if grn is None else getattr(grn, weight),
+        grn_bias=None if grn is None else getattr(grn, bias),
+        dilation=conv.dilation[0],
+        eps=norm.eps,
+        grn_eps=getattr(grn, "eps", GRN_EPS),
+        activation=wiring.activation,
+    )
 
 
 def drop_rate(drop_path: nn.Module) -> float:
@@ -161,6 +181,7 @@ def drop_rate(drop_path: nn.Module) -> float:
     return next((getattr(drop_path, name) or 0.0 for name in names if hasattr(drop_path, name)), 0.0)
 
 
+@torch.jit.ignore
 @torch.fx.wrap
 def branch_of_ones(input: Tensor, layer_scale: Tensor | None) -> Tensor:
     """[N, 1, 1, 1] in the dtype that the host's branch has there, on which its random numbers depend."""
@@ -170,17 +191,22 @@ def branch_of_ones(input: Tensor, layer_scale: Tensor | None) -> Tensor:
     return input.new_ones((input.shape[0], 1, 1, 1), dtype=dtype)
 
 
-def flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(arguments: BlockArguments) -> dict[str, Any]:
     """The arguments of a block in the shapes that our operators take."""
-    flat = {name: arguments[name].flatten(1) for name in ("weight1", "weight2")}
-    for name in ("layer_scale", "drop_path_factor", "grn_weight", "grn_bias"):
-        flat[name] = None if arguments[name] is None else arguments[name].flatten()
-    return {**arguments, **flat}
+    flat: dict[str, Any] = arguments._asdict()
+    flat.update({name: flat[name].flatten(1) for name in ("weight1", "weight2")})
+    vectors = ("layer_scale", "drop_path_factor", "grn_weight", "grn_bias")
+    flat.update({name: flat[name].flatten() for name in vectors if flat[name] is not None})
+    return flat
 
 
+@torch.jit.ignore
 @torch.fx.wrap
-def run_block(input: Tensor, arguments: Mapping[str, Any], chained: bool, follows_input: bool) -> Tensor:
-    """`functional.convnext_block` with a host's shapes of parameters, in the host's dtype and layout of the result."""
+def run_block(input: Tensor, arguments: BlockArguments, chained: bool, follows_input: bool) -> Tensor:
+    """`functional.convnext_block` with a host's shapes of parameters, in the host's dtype and layout of the result.
+
+    The script of an fx graph calls back to it, and therefore cannot be saved.
+    """
     output = as_host(functional.convnext_block(input, **flattened(arguments)), input, chained)
     images = follows_input and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
     return output.contiguous() if images else output

@@ -1,6 +1,6 @@
 """Layer norms over the channels of images, as hosts have them beside the stem's and the downsampling convolutions."""
 
-from __future__ import annotations
+# Without postponed annotations: TorchScript cannot read those of `normalise`.
 
 from typing import Any
 
@@ -27,6 +27,7 @@ class AcceleratedNorm(Swapped):
         return normalise(input, self.weight, self.bias, self.eps, self.chained)
 
 
+@torch.jit.ignore
 @torch.fx.wrap
 def normalise(input: Tensor, weight: Tensor, bias: Tensor, eps: float, chained: bool = False) -> Tensor:
     """`functional.layer_norm` in the dtype of a host's result."""

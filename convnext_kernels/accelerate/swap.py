@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from typing import Any, ClassVar, NoReturn, cast
+import warnings
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +35,22 @@ class Swapped(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         return _empty, (self.kind, self.host_class), *reduced[2:]
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        raise RuntimeError(
-            f"torch.jit.script cannot read the forward of an accelerated {type(self).__name__}; accepted:"
-            " torch.jit.trace, torch.export, torch.compile, or convnext_kernels.restore(model) before scripting"
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles, and puts in this one's place: it can read the host's forward alone."""
+        name = type(self).__name__
+        if obstacle := restore_obstacle(self):
+            raise RuntimeError(
+                f"torch.jit.script cannot read the forward of an accelerated {name}, and its host's cannot be given"
+                f" back: it {obstacle}; accepted: torch.jit.trace, torch.export, torch.compile"
+            )
+        warnings.warn(
+            f"torch.jit.script cannot read the forward of an accelerated {name}: it compiles the host's, and the model"
+            " has that one from now on; accepted to keep ours: torch.jit.trace, torch.export, torch.compile, or to"
+            " accelerate the model again",
+            stacklevel=2,
         )
+        unswap(self)
+        return self
 
 
 _CLASSES: dict[Any, type[Swapped]] = {}
@@ -74,10 +86,14 @@ def unswap(module: Swapped) -> None:
     del module.__dict__["wiring"], module.__dict__["chained"]
 
 
-def wrapper_of(module: Swapped) -> str | None:
-    """The name of the class that something, such as FSDP, has put around the swapped one since."""
+def restore_obstacle(module: Swapped) -> str | None:
+    """What keeps a module from getting its own class back, as what follows "it"."""
     cls = type(module)
-    return None if cls is swapped_class(cls.kind, cls.host_class) else cls.__name__
+    if module.folded:
+        return "has been folded by fold_, and its host's forward needs its parameters as they were"
+    if cls is not swapped_class(cls.kind, cls.host_class):
+        return f"has been made a {cls.__name__} since"
+    return None
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

@@ -201,9 +201,33 @@ class TestTransforms:
         assert difference(traced(images(3)), pair[0](images(3))) <= TOLERANCE
         assert_ours(traced)
 
-    def test_jit_script(self, pair):
-        with pytest.raises(RuntimeError, match=r"torch\.jit\.script cannot .* ConvNeXtBlock; accepted: .*restore"):
-            torch.jit.script(pair[1].stages[0].blocks[0])
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    def test_jit_script_gets_the_host_s_and_says_so(self, pair, tmp_path):
+        host, ours = pair
+        with pytest.warns(
+            UserWarning, match=r"torch\.jit\.script .* ConvNeXtBlock: it compiles the host's.*the model has"
+        ):
+            scripted = torch.jit.script(ours)
+        assert isinstance(scripted, torch.jit.ScriptModule) and restore(ours) == ()
+        torch.jit.save(scripted, tmp_path / "model.pt")
+        for model in (ours, torch.jit.load(tmp_path / "model.pt")):
+            assert torch.equal(model(images()), host(images()))
+
+    def test_jit_script_where_the_host_s_is_out_of_reach(self, pair):
+        block = pair[1].stages[0].blocks[0]
+        block.__class__ = type("Wrapped", (type(block),), {})
+        with pytest.raises(
+            RuntimeError, match=r"torch\.jit\.script cannot .* it has been made a Wrapped since; accepted"
+        ):
+            torch.jit.script(block)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    def test_jit_script_of_an_fx_graph_runs_ours(self, pair):
+        host, ours = (model.train() for model in pair)
+        scripted = torch.jit.script(torch.fx.symbolic_trace(ours))
+        assert_close(gradients(scripted, images()), gradients(host, images()))
+        with pytest.raises(RuntimeError, match="Could not export Python function call 'normalise'"):
+            scripted.save_to_buffer()
 
     def test_compile(self, pair):
         host, ours = (model.train() for model in pair)
