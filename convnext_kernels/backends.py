@@ -187,9 +187,12 @@ def choose(
             return (f"no {backend} kernels yet",)
         return (*machine_reasons(backend, device, dtype, requested == backend), *limits[backend])
 
-    # The reasons against every backend are looked up only for a message.
-    candidates = BACKENDS if requested == "auto" else (requested,)
-    chosen = next((backend for backend in candidates if not reasons_against(backend)), None)
+    chosen = None
+    for backend in BACKENDS if requested == "auto" else (requested,):
+        # The reasons themselves are put together only for a message.
+        if not limits.get(backend, True) and not machine_reasons(backend, device, dtype, requested == backend):
+            chosen = backend
+            break
     if _explaining.get():
         reasons = {backend: reasons_against(backend) for backend in BACKENDS}
         raise ExplanationReached(Explanation(operator, requested, chosen, reasons, notes()))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from convnext_kernels import functional
 from convnext_kernels.backends import check_backend
+from convnext_kernels.parameters import parameter_of
 from convnext_kernels.reference import ReferenceBlock, drop_path_factor
 
 
@@ -76,20 +79,21 @@ class ConvNeXtBlock(ReferenceBlock):
         self.backend = None if backend is None else check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
-        # Each look at a part costs a call of Module.__getattr__.
-        dwconv, norm, pwconv1, grn, pwconv2 = self.dwconv, self.norm, self.pwconv1, self.grn, self.pwconv2
+        parts: Any = self._modules
+        dwconv, norm, pwconv1, pwconv2 = parts["dwconv"], parts["norm"], parts["pwconv1"], parts["pwconv2"]
+        grn = self.grn
         drops = self.training and self.drop_path > 0
         return functional.convnext_block(
             input,
-            dwconv.weight,
-            dwconv.bias,
-            norm.weight,
-            norm.bias,
-            pwconv1.weight,
-            pwconv1.bias,
-            pwconv2.weight,
-            pwconv2.bias,
-            layer_scale=self.gamma,
+            parameter_of(dwconv, "weight"),
+            parameter_of(dwconv, "bias"),
+            parameter_of(norm, "weight"),
+            parameter_of(norm, "bias"),
+            parameter_of(pwconv1, "weight"),
+            parameter_of(pwconv1, "bias"),
+            parameter_of(pwconv2, "weight"),
+            parameter_of(pwconv2, "bias"),
+            layer_scale=parameter_of(self, "gamma"),
             drop_path_factor=drop_path_factor(input, self.drop_path) if drops else None,
             grn_weight=None if grn is None else grn.gamma.flatten(),
             grn_bias=None if grn is None else grn.beta.flatten(),

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from support import randomise, relative_error
+from torch.nn.utils import parametrizations, prune
 
 from convnext_kernels import use_backend
 from convnext_kernels.block import ConvNeXtBlock
@@ -145,6 +146,19 @@ def test_parameters_are_read_at_call_time():
         randomise(module, seed=1)
         module.gamma = torch.nn.Parameter(torch.linspace(0.5, 1.5, 24))
     assert relative_error(block(input), reference(input)) < 1e-5
+
+
+def test_parametrised_and_pruned_parameters_are_computed_with():
+    pair = make_pair()
+    for module in pair:
+        parametrizations.weight_norm(module.dwconv)
+        parametrizations.weight_norm(module.pwconv1)
+        with torch.no_grad():
+            module.pwconv1.parametrizations.weight.original0.mul_(2)
+        prune.l1_unstructured(module.pwconv2, "weight", 0.5)
+    input, grad_output = torch.randn(2, 2, 24, 5, 5)
+    ours, theirs = (run(module, input, grad_output) for module in pair)
+    assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 1e-5
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

@@ -24,14 +24,14 @@ from convnext_kernels.functional import OPERATORS
 PACKAGE = str(Path(convnext_kernels.__file__).parent)
 
 CALLS = {
-    "ConvNeXtBlock": (136, 153),
-    "convnext_block": (126, 136),
-    "depthwise_conv2d": (49, 57),
-    "depthwise_conv2d_layer_norm": (74, 84),
-    "global_response_norm": (54, 64),
-    "layer_norm": (55, 65),
-    "mlp": (91, 101),
-    "patch_linear": (47, 55),
+    "ConvNeXtBlock": (139, 156),
+    "convnext_block": (124, 134),
+    "depthwise_conv2d": (47, 55),
+    "depthwise_conv2d_layer_norm": (72, 82),
+    "global_response_norm": (52, 62),
+    "layer_norm": (53, 63),
+    "mlp": (89, 99),
+    "patch_linear": (45, 53),
 }
 """How many calls, of Python's and C's functions, the package makes, without and with autograd."""
 

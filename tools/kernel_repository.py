@@ -32,6 +32,7 @@ PARTS = (
     "build.py",
     "functional.py",
     "layers.py",
+    "parameters.py",
     "reference.py",
     "variants.py",
 )

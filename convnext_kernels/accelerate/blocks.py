@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from convnext_kernels import functional
 from convnext_kernels.accelerate.adapters import BlockAdapter
 from convnext_kernels.accelerate.swap import Swapped, as_host, autocast_dtype
+from convnext_kernels.parameters import parameter_of
 
 GRN_EPS = 1e-6
 """Of the hosts whose response norm has it in its code rather than in an attribute."""
@@ -156,14 +157,14 @@ def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> BlockArg
     if drop_path is not None and drop_path.training and drop_rate(drop_path):
         factor = drop_path(branch_of_ones(input, layer_scale))
     return BlockArguments(
-        conv_weight=conv.weight,
-        conv_bias=conv.bias,
-        norm_weight=norm.weight,
-        norm_bias=norm.bias,
-        weight1=linear1.weight,
-        bias1=linear1.bias,
-        weight2=linear2.weight,
-        bias2=linear2.bias,
+        conv_weight=parameter_of(conv, "weight"),
+        conv_bias=parameter_of(conv, "bias"),
+        norm_weight=parameter_of(norm, "weight"),
+        norm_bias=parameter_of(norm, "bias"),
+        weight1=parameter_of(linear1, "weight"),
+        bias1=parameter_of(linear1, "bias"),
+        weight2=parameter_of(linear2, "weight"),
+        bias2=parameter_of(linear2, "bias"),
         layer_scale=layer_scale,
         drop_path_factor=factor,
         grn_weight=None if grn is None else getattr(grn, weight),
