@@ -1,16 +1,18 @@
 """Times whole models on a GPU, inference and training steps, beside the same models of other libraries.
 
 Ours, the published model in eager PyTorch, and timm's, torchvision's and transformers' where they are installed and
-have it, all channels-last, take turns in the same run; in cases of its own torch.compile, so that its compilation costs
-no other results when time is up. Inference runs from CUDA graphs, training steps are launched as they are in training.
-Ours is checked first. Images and weights are random; a model passes through more than the L2 cache by itself.
+have it, all channels-last, take turns in the same run; in cases of their own those models accelerated, beside our own,
+and torch.compile, so that its compilation costs no other results when time is up. Inference of batches runs from CUDA
+graphs, training steps are launched as they are in training, single images both ways. Ours is checked first. Images and
+weights are random; a model passes through more than the L2 cache by itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.block import COMPILE_MODE
-from benchmarks.reporting import Figure, Row, add_arguments, row_of, run_cases
-from benchmarks.timing import NOT_AVAILABLE, Measured, measure_calls, refusal
+from benchmarks.reporting import Figure, Row, Target, add_arguments, row_of, run_cases
+from benchmarks.timing import NOT_AVAILABLE, Measured, failure_of, measure_calls, refusal
 from benchmarks.training_step import PARITY_IMAGES
+from convnext_kernels import accelerate, graphed
 from convnext_kernels.cli.errors import CommandError, names
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, Work
 from convnext_kernels.cli.tasks import (
@@ -41,15 +44,15 @@ from convnext_kernels.cli.tasks import (
 )
 from convnext_kernels.variants import VARIANTS
 
-INFERENCE, STEP = "inference", "training step"
+INFERENCE, STEP, LATENCY = "inference", "training step", "latency"
 TUNED = f"{COMPILED} max-autotune"
 COMPILE_MODES = {COMPILED: "default", TUNED: COMPILE_MODE}
 TF32 = "tf32"
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, TF32: torch.float32, "float32": torch.float32}
 
 ROUNDS = 6
-SETUP_SECONDS = {INFERENCE: 1.5, STEP: 3.0}
-COMPILE_SECONDS = {INFERENCE: 1.5, STEP: 3.0}
+SETUP_SECONDS = {INFERENCE: 1.5, STEP: 5.0, LATENCY: 1.5}
+COMPILE_SECONDS = {INFERENCE: 1.0, STEP: 2.0}
 """Expected for each block of a model; `TUNED` takes twice as long."""
 
 
@@ -64,18 +67,45 @@ class Network:
 
 
 NETWORKS = (
-    Network("convnext_tiny", 224, 128, 128),
-    Network("convnext_base", 224, 128, 64),
-    Network("convnextv2_tiny", 224, 128, 128),
-    Network("convnext_small", 224, 128, 128),
-    Network("convnext_large", 224, 128, 32),
-    Network("convnext_xlarge", 224, 128, 32),
-    Network("convnextv2_base", 224, 128, 64),
-    Network("convnext_base", 384, 64, 32),
-    Network("convnext_large", 384, 64, 16),
-    Network("convnext_isotropic_small", 224, 128, 128),
+    Network("convnext_tiny", 224, 256, 256),
+    Network("convnext_base", 224, 256, 256),
+    Network("convnextv2_tiny", 224, 256, 256),
+    Network("convnextv2_base", 224, 256, 128),
+    Network("convnext_small", 224, 256, 256),
+    Network("convnext_large", 224, 128, 128),
+    Network("convnext_xlarge", 224, 128, 128),
+    Network("convnext_base", 384, 64, 64),
+    Network("convnext_large", 384, 64, 32),
+    Network("convnext_isotropic_small", 224, 256, 256),
 )
 """What tells most first, should time run out."""
+
+TIER = 4
+"""So many networks are measured in every mode before the others, and in other dtypes than the first beside those."""
+
+V2_OVER_COMPILED = {"convnextv2_tiny": 1.2, "convnextv2_base": 1.2}
+OVER_COMPILED = {"convnext_tiny": 1.7, "convnext_base": 1.45, "convnext_large": 1.25}
+SPEEDUPS = {
+    (INFERENCE, EAGER): {
+        **{"convnext_tiny": 3.0, "convnext_small": 2.6, "convnext_base": 2.3, "convnext_large": 1.8},
+        **{"convnext_xlarge": 1.6, "convnextv2_tiny": 3.0, "convnextv2_base": 3.0},
+    },
+    (INFERENCE, TUNED): {
+        **{"convnext_tiny": 2.2, "convnext_small": 1.9, "convnext_base": 1.7, "convnext_large": 1.4},
+        **{"convnext_xlarge": 1.25, **V2_OVER_COMPILED},
+    },
+    (INFERENCE, COMPILED): V2_OVER_COMPILED,
+    (STEP, EAGER): {"convnext_tiny": 2.2, "convnext_base": 1.8, "convnext_large": 1.5},
+    (STEP, COMPILED): OVER_COMPILED,
+    (STEP, TUNED): OVER_COMPILED,
+}
+"""Least speedups of large batches of 224 px in bfloat16, by mode and peer."""
+
+LATENCY_SPEEDUP = 2.86
+"""Of a single image from a CUDA graph, over eager PyTorch: 0.35 times its latency."""
+
+MOST_MEMORY, MOST_TIME = 0.45, 1.03
+"""Of eager's peak in training; of our own model's time where another library's is accelerated."""
 
 
 def _timm(model: str) -> nn.Module | None:
@@ -116,6 +146,12 @@ LIBRARIES: dict[str, Callable[[str], nn.Module | None]] = {
 }
 """A model with random weights by its name, None where the library has none of it."""
 
+INSIDE = {f"{OURS} in {library.split()[0]}": library for library in LIBRARIES}
+"""Those models with their blocks run by our kernels."""
+
+GRAPHED = {f"{name}, graphed": name for name in (OURS, EAGER)}
+"""Models in a CUDA graph as a user would capture them; see `convnext_kernels.graphed`."""
+
 
 def find_peer(library: str, model: str) -> nn.Module | str | None:
     """A library's model, its weights drawn as ours are; why it cannot be built, or None where there is none."""
@@ -138,7 +174,10 @@ def tf32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One model at one batch size, beside the other libraries or, where `compiler` names it, torch.compile."""
+    """One model at one batch size, beside the other libraries or, where `compiler` names it, torch.compile.
+
+    accelerated: our own model beside the other libraries' with their blocks run by our kernels.
+    """
 
     mode: str
     model: str
@@ -146,9 +185,11 @@ class Case:
     batch: int
     resolution: int
     compiler: str | None = None
+    accelerated: bool = False
 
     def __str__(self) -> str:
-        return f"{self.mode}, {self.dtype}, {self.shape}, beside {self.compiler or 'eager'}"
+        peers = "accelerated libraries" if self.accelerated else self.compiler or "eager"
+        return f"{self.mode}, {self.dtype}, {self.shape}, beside {peers}"
 
     @property
     def shape(self) -> str:
@@ -164,7 +205,20 @@ class Case:
 
     @property
     def contenders(self) -> list[str]:
+        if self.accelerated:
+            return [OURS, *INSIDE]
+        if self.mode == LATENCY:
+            return [EAGER, *reversed(GRAPHED), OURS]
         return [EAGER, *LIBRARIES, OURS] if self.compiler is None else [self.compiler, OURS]
+
+    def target(self, peer: str) -> Target | None:
+        """What our speed over a peer's should be at least."""
+        if self.dtype != "bfloat16" or self.resolution != 224:
+            return None
+        if self.mode == LATENCY:
+            return Target(LATENCY_SPEEDUP) if peer == EAGER else None
+        least = SPEEDUPS.get((self.mode, peer), {}).get(self.model) if self.batch > 1 else None
+        return None if least is None else Target(least)
 
     def precision(self) -> AbstractContextManager[None]:
         """float32 as PyTorch is to compute it."""
@@ -183,25 +237,38 @@ class Case:
             reference, ours = (
                 model.to(memory_format=torch.channels_last) for model in build_models(self.model, device)
             )
-        if self.mode == INFERENCE:
+        if self.mode != STEP:
             return Task(self.model, self.mode, reference, ours, images.to(dtype), dtype)
         objective = classification(images, dtype)
         return Task(self.model, self.mode, reference, ours, images, dtype, objective, optimizer=True)
 
-    def module(self, contender: str, task: Task) -> nn.Module | str | None:
-        """A contender as it is timed; see `find_peer`."""
-        if contender in LIBRARIES:
-            with task.inputs.device:
-                peer = find_peer(contender, self.model)
+    def peer(self, library: str, device: torch.device) -> nn.Module | str | None:
+        """See `find_peer`."""
+        with device:
+            peer = find_peer(library, self.model)
+        return peer.to(memory_format=torch.channels_last) if isinstance(peer, nn.Module) else peer
+
+    def work(self, contender: str, task: Task) -> Work | str | None:
+        """What to call of a contender; why it has none, or None where there is no such model."""
+        if contender in LIBRARIES or contender in INSIDE:
+            peer = self.peer(INSIDE.get(contender, contender), task.inputs.device)
             if not isinstance(peer, nn.Module):
                 return peer
-            return task.contender(peer.to(memory_format=torch.channels_last))
-        module = task.contender(task.ours if contender == OURS else task.reference)
-        if contender not in COMPILE_MODES:
-            return module
-        torch.compiler.reset()
-        compiled: Any = torch.compile(module, mode=COMPILE_MODES[contender], dynamic=False)
-        return compiled
+            task = replace(task, reference=peer, ours=peer)
+        if contender in INSIDE:
+            task = replace(task, ours=copy.deepcopy(task.ours))
+            accelerate(task.ours)
+        is_ours = contender.startswith(OURS)
+        if is_ours and (failure := refusal(partial(check, task))) is not None:
+            return failure
+        module = task.contender(task.ours if is_ours else task.reference)
+        if contender in GRAPHED:
+            return graphed(module, task.inputs)
+        if contender in COMPILE_MODES:
+            torch.compiler.reset()
+            compiled: Any = torch.compile(module, mode=COMPILE_MODES[contender], dynamic=False)
+            module = compiled
+        return task.work(module)[0]
 
 
 def check(task: Task) -> str | None:
@@ -213,13 +280,21 @@ def check(task: Task) -> str | None:
     return parity_failure(check_parity(task, modules))
 
 
-def _ours_figures(case: Case, measured: Measured) -> list[Figure]:
+def _figures(case: Case, contender: str, measured: Measured) -> Iterator[Figure]:
+    """Of one of ours beside its peers: speedups and memory; of other libraries' models beside our own, the time."""
     timings, peaks = measured.timings, measured.peaks
-    peers = [name for name in case.contenders if name != OURS and name in timings]
-    figures = [Figure(f"speedup over {name}", timings[OURS].speedup_over(timings[name])) for name in peers]
-    if {OURS, EAGER} <= peaks.keys():
-        figures.append(Figure(f"peak memory over {EAGER}", peaks[OURS] / peaks[EAGER]))
-    return figures
+    timing = timings[contender]
+    if case.accelerated:
+        if OURS in timings and contender != OURS:
+            over = timings[OURS].speedup_over(timing)
+            yield Figure(f"time over {OURS}", over, Target(MOST_TIME, at_most=True))
+        return
+    for peer in case.contenders:
+        if peer in timings and not peer.startswith(OURS):
+            yield Figure(f"speedup over {peer}", timing.speedup_over(timings[peer]), case.target(peer))
+    if {contender, EAGER} <= peaks.keys() and case.mode != LATENCY:
+        target = Target(MOST_MEMORY, at_most=True) if case.mode == STEP and case.dtype == "bfloat16" else None
+        yield Figure(f"peak memory over {EAGER}", peaks[contender] / peaks[EAGER], target)
 
 
 def rows_of(case: Case, measured: Measured) -> Iterator[Row]:
@@ -230,7 +305,7 @@ def rows_of(case: Case, measured: Measured) -> Iterator[Row]:
         figures = []
         if contender in measured.timings:
             figures.append(Figure("images/s", case.batch / measured.timings[contender].median * 1e3))
-            figures += _ours_figures(case, measured) if contender == OURS else []
+            figures += _figures(case, contender, measured) if contender.startswith(OURS) else []
         yield row_of(case.shape, asdict(case), contender, measured, figures)
 
 
@@ -240,12 +315,14 @@ def _prepare(case: Case, device: torch.device) -> tuple[Task, dict[str, Work], d
     works: dict[str, Work] = {}
     failures: dict[str, str] = {}
     for contender in case.contenders:
-        failure = refusal(partial(check, task)) if contender == OURS else None
-        module = case.module(contender, task) if failure is None else failure
-        if isinstance(module, str):
-            failures[contender] = module
-        elif module is not None:
-            works[contender], _ = task.work(module)
+        try:
+            work = case.work(contender, task)
+        except Exception as error:  # the others' results count all the same
+            work = failure_of(error)
+        if isinstance(work, str):
+            failures[contender] = work
+        elif work is not None:
+            works[contender] = work
     return task, works, failures
 
 
@@ -281,28 +358,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _of_network(network: Network, dtype: str, modes: Sequence[str], compiler: str | None) -> Iterator[Case]:
+    """Large batches in inference, training steps, then single images; beside accelerated libraries in one dtype."""
+    of = {"model": network.model, "dtype": dtype, "resolution": network.resolution, "compiler": compiler}
+    if "inference" in modes:
+        yield Case(INFERENCE, batch=network.batch, **of)
+    if "step" in modes:
+        yield Case(STEP, batch=network.step_batch, **of)
+    if "inference" in modes:
+        yield Case(INFERENCE if compiler else LATENCY, batch=1, **of)
+    if compiler is None and dtype == "bfloat16":
+        if "inference" in modes:
+            yield Case(INFERENCE, batch=network.batch, accelerated=True, **of)
+        if "step" in modes:
+            yield Case(STEP, batch=network.step_batch, accelerated=True, **of)
+
+
 def choose_cases(options: argparse.Namespace) -> list[Case]:
-    """In bfloat16 first; of each dtype large batches in inference, training steps, then single images."""
+    """The first networks in the first dtype first, then what is of one of both; torch.compile network by network."""
     known = {network.model for network in NETWORKS}
     models = names("--model", options.model, known, list(known))
     dtypes = names("--dtype", options.dtype, PRECISIONS, ["bfloat16", "float16", TF32])
     modes = names("--mode", options.mode, ("inference", "step"), ("inference", "step"))
-    batches: list[tuple[str, Callable[[Network], int]]] = []
-    if "inference" in modes:
-        batches.append((INFERENCE, lambda network: network.batch))
-    if "step" in modes:
-        batches.append((STEP, lambda network: network.step_batch))
-    if "inference" in modes:
-        batches.append((INFERENCE, lambda network: 1))
     networks = [network for network in NETWORKS if network.model in models]
-    compilers: list[str | None] = [TUNED, COMPILED] if options.compile else [None]
-    cases = [
-        Case(mode, network.model, dtype, batch(network), network.resolution, compiler)
-        for dtype, compiler, (mode, batch), network in product(dtypes, compilers, batches, networks)
-    ]
-    if options.compile:  # the first model in every mode before any other
-        cases.sort(key=lambda case: [network.model for network in NETWORKS].index(case.model))
-    return cases
+    ranked: list[tuple[tuple[int, ...], Case]] = []
+    for (i, dtype), (j, network) in product(enumerate(dtypes), enumerate(networks)):
+        if options.compile:
+            compiled = [case for name in COMPILE_MODES for case in _of_network(network, dtype, modes, name)]
+            ranked += [((i, j, n % (len(compiled) // 2)), case) for n, case in enumerate(compiled)]
+        else:
+            cases = enumerate(_of_network(network, dtype, modes, None))
+            ranked += [((j // TIER + (i > 0), n), case) for n, case in cases]
+    return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def main(arguments: list[str] | None = None) -> int:

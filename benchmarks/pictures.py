@@ -196,7 +196,8 @@ def _legend(figure: Any, names: Sequence[str], extra: Sequence[Any] = ()) -> Non
 def speedup_panels(record: Record) -> dict[str, Groups]:
     """Ours of whole models and blocks by dtype; what failed or was refused too, so that it is seen."""
     ours = (row for part, row in rows(record) if part in MODELS_PARTS and is_ours(row["contender"]))
-    tried = (row for row in ours if row.get("milliseconds") is not None or row.get("failure"))
+    beside_eager = (row for row in ours if not row["case"].get("accelerated"))
+    tried = (row for row in beside_eager if row.get("milliseconds") is not None or row.get("failure"))
     return _panels(tried, lambda row: row["case"]["dtype"])
 
 
@@ -234,9 +235,8 @@ def speedups(record: Record, figure: Any) -> None:
 
 def memory_panels(record: Record) -> dict[str, Groups]:
     """Peaks of training in the first dtype that was measured, by contender."""
-    training = [
-        row for row in timed(record, *MODELS_PARTS) if row["case"]["mode"] in TRAINING and row.get("peak_bytes")
-    ]
+    beside_eager = (row for row in timed(record, *MODELS_PARTS) if not row["case"].get("accelerated"))
+    training = [row for row in beside_eager if row["case"]["mode"] in TRAINING and row.get("peak_bytes")]
     dtype = next((dtype for dtype in DTYPES if any(row["case"]["dtype"] == dtype for row in training)), None)
     of_dtype = (row for row in training if row["case"]["dtype"] == dtype)
     return {f"{title}, {dtype}": groups for title, groups in _panels(of_dtype, lambda row: row["contender"]).items()}

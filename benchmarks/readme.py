@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import predicted, record
+from convnext_kernels.cli.tasks import OURS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -62,7 +63,8 @@ def _record_rows(content: dict[str, Any]) -> Iterator[str]:
         values = {name: figure["value"] for name, figure in row["figures"].items()}
         rate = row.get("refused") or f"{values['images/s']:.0f}"
         over = (f"{value:.2f}x {name.removeprefix('speedup over ')}" for name, value in values.items() if value)
-        yield f"| {record.label(row['case'])} | {rate} | {', '.join(text for text in over if 'images/s' not in text)} |"
+        name = f"{record.label(row['case'])}, {row['contender']}".removesuffix(f", {OURS}")
+        yield f"| {name} | {rate} | {', '.join(text for text in over if 'images/s' not in text)} |"
 
 
 def _record_table(content: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def test_compiled_is_the_faster_of_both(record):
 def test_memory_is_that_of_training(record):
     ((title, groups),) = memory_panels(record).items()
     assert title == "training step, bfloat16" and len(groups) == 10
-    assert set(groups["V2 tiny\n224 px\nbatch 128"]) == {OURS, EAGER, "timm eager", "transformers eager"}
+    assert set(groups["V2 tiny\n224 px\nbatch 256"]) == {OURS, EAGER, "timm eager", "transformers eager"}
 
 
 def boxes(figure):

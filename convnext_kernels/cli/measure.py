@@ -20,6 +20,8 @@ SAMPLE_MILLISECONDS = 50.0
 """A sample repeats short work for at least this long: a timer's and a scheduler's noise stays below a percent."""
 
 WARM_UP_CALLS = {"cpu": 2, "cuda": 10}
+"""After the first; work of which so many take longer than two samples gets fewer."""
+
 CALLS_BEFORE_CAPTURE = 3
 
 
@@ -124,8 +126,9 @@ def measure_over(
     batches = cycle(inputs)
     calls = {}
     for name, work in works.items():
-        sample(work, batches, WARM_UP_CALLS[kind])
-        calls[name] = max(1, math.ceil(SAMPLE_MILLISECONDS / sample(work, batches, 1)))
+        first = sample(work, batches, 1)
+        warm_up_calls = min(WARM_UP_CALLS[kind], math.ceil(2 * SAMPLE_MILLISECONDS / first))
+        calls[name] = max(1, math.ceil(SAMPLE_MILLISECONDS / sample(work, batches, warm_up_calls)))
     samples: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

@@ -81,7 +81,7 @@ class Task:
             return torch.inference_mode()(module.__call__), None
         if not self.optimizer:
             return partial(self._forward_and_backward, module), None
-        optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=self.inputs.is_cuda)
         return partial(self._training_step, module, optimizer), optimizer
 
     def _forward_and_backward(self, module: nn.Module, batch: Tensor) -> None:

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from convnext_kernels.cli import measure as measuring
 from convnext_kernels.cli.measure import Timing, measure, peak_memory, rotating_inputs
 
 
@@ -38,6 +39,14 @@ def test_short_work_is_repeated():
     calls = []
     measure({"short": lambda batch: (calls.append(None), time.sleep(0.005))}, torch.zeros(1), 2, lambda: None)
     assert 3 + 2 * 5 <= len(calls) <= 3 + 2 * 11
+
+
+def test_long_work_is_warmed_up_once_more_and_no_more(monkeypatch):
+    """A training step on a GPU takes longer than the samples of a kernel."""
+    monkeypatch.setattr(measuring, "WARM_UP_CALLS", {"cpu": 10})
+    calls = []
+    measure({"long": lambda batch: (calls.append(None), time.sleep(0.1))}, torch.zeros(1), 2, lambda: None)
+    assert len(calls) == 1 + 1 + 2
 
 
 def test_peak_memory_counts_what_lives_at_once():
