@@ -38,7 +38,7 @@ from convnext_kernels.cli.errors import CommandError, at_least, names, writable
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
 from convnext_kernels.cli.output import console
 
-COPY, PYTORCH = "copy", "PyTorch"
+COPY, PYTORCH, NO_BIAS = "copy", "PyTorch", "PyTorch, no bias"
 OURS = ("cuda", "triton")
 BATCHES = (64, 256)
 ROUNDS, QUICK_ROUNDS = 30, 5
@@ -54,6 +54,7 @@ class Operation:
     moved: how often an image's bytes pass through memory: each such argument and result once.
     ours: the results, by one of our backends.
     theirs: the same in PyTorch, in any dtype.
+    without_bias: where PyTorch adds or sums the bias in another pass, what cuDNN alone does; it is timed, not compared.
     of_copy: the target, as a fraction of the copy's speed, at a map of that height and width; None for none.
     over_pytorch: the target, as a multiple of PyTorch's speed.
     """
@@ -64,6 +65,7 @@ class Operation:
     theirs: Callable[[Tensors], Results]
     of_copy: Callable[[int], float | None] = lambda size: None
     over_pytorch: float | None = None
+    without_bias: Callable[[Tensors], Results] | None = None
 
 
 def _conv_gradients(tensors: Tensors, wanted: list[bool]) -> Results:
@@ -79,9 +81,9 @@ def _our_conv_gradients(tensors: Tensors, wanted: list[bool], backend: str) -> R
     return [gradient for gradient, want in zip(gradients, wanted, strict=True) if want]
 
 
-def _convolution(tensors: Tensors) -> Tensor:
-    input = tensors["input"]
-    return F.conv2d(input, tensors["weight"], tensors["bias"], padding=KERNEL_SIZE // 2, groups=input.shape[1])
+def _convolution(tensors: Tensors, with_bias: bool = True) -> Tensor:
+    input, bias = tensors["input"], tensors["bias"] if with_bias else None
+    return F.conv2d(input, tensors["weight"], bias, padding=KERNEL_SIZE // 2, groups=input.shape[1])
 
 
 def _our_convolution(tensors: Tensors, backend: str) -> Results:
@@ -129,7 +131,13 @@ INPUT, FILTER = [True, False, False], [False, True, True]
 
 OPERATIONS = {
     "forward": Operation(
-        ("input",), 2, _our_convolution, lambda tensors: [_convolution(tensors)], _by_size(0.8, 0.6), 3
+        ("input",),
+        2,
+        _our_convolution,
+        lambda tensors: [_convolution(tensors)],
+        _by_size(0.8, 0.6),
+        3,
+        lambda tensors: [_convolution(tensors, with_bias=False)],
     ),
     "input_gradient": Operation(
         ("input", "grad_output"),
@@ -145,6 +153,7 @@ OPERATIONS = {
         lambda tensors: _conv_gradients(tensors, FILTER),
         lambda size: 0.6,
         4,
+        lambda tensors: _conv_gradients(tensors, [False, True, False]),
     ),
     "layer_norm_backward": Operation(("input", "grad_output"), 3, _our_norm_gradients, _norm_gradients),
     "conv_layer_norm": Operation(
@@ -169,6 +178,10 @@ class Case:
     @property
     def of(self) -> Operation:
         return OPERATIONS[self.operation]
+
+    @property
+    def contenders(self) -> list[str]:
+        return [COPY, PYTORCH, *([NO_BIAS] if self.of.without_bias else []), *OURS]
 
     @property
     def elements(self) -> int:
@@ -231,6 +244,8 @@ def run(case: Case, contender: str, tensors: Tensors) -> Results:
     """One call of a contender."""
     if contender == COPY:
         return [tensors["destination"].copy_(tensors["source"])]
+    if contender == NO_BIAS and case.of.without_bias:
+        return case.of.without_bias(tensors)
     return case.of.theirs(tensors) if contender == PYTORCH else case.of.ours(tensors, contender)
 
 
@@ -244,7 +259,7 @@ def check(case: Case, contender: str, device: torch.device) -> str | None:
 
 
 def _rows_of(case: Case, measured: Measured) -> Iterator[Row]:
-    for contender in (COPY, PYTORCH, *OURS):
+    for contender in case.contenders:
         failure = measured.failures.get(contender)
         empty = Row(
             *(
@@ -285,7 +300,7 @@ def measure_case(case: Case, device: torch.device, rounds: int) -> list[Row]:
     failures = {name: reason for name in OURS if (reason := refusal(partial(check, case, name, device))) is not None}
     argument_bytes = len(case.of.images) * case.bytes // case.of.moved
     inputs = [case.draw(device, seed) for seed in range(rotation(argument_bytes, device))]
-    contenders = [name for name in (COPY, PYTORCH, *OURS) if name not in failures]
+    contenders = [name for name in case.contenders if name not in failures]
     measured = measure_calls({name: partial(run, case, name) for name in contenders}, inputs, device, rounds)
     measured.failures |= failures
     return list(_rows_of(case, measured))
@@ -318,7 +333,11 @@ def _cells(row: Row) -> list[str]:
 
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One table for each operation and dtype, with the targets."""
-    for (operation, dtype), of_operation in groupby(rows, key=lambda row: (row.operation, row.dtype)):
+
+    def title(row: Row) -> tuple[str, str]:
+        return row.operation, row.dtype
+
+    for (operation, dtype), of_operation in groupby(sorted(rows, key=title), key=title):
         table = Table(title=f"{operation}, {dtype}")
         table.add_column("shape")
         table.add_column("contender")
@@ -345,7 +364,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def seconds(rounds: int) -> float:
     """What a case is expected to take: samples, and compiling, drawing, checking and warming up."""
-    return SETUP_SECONDS + rounds * (2 + len(OURS)) * SAMPLE_MILLISECONDS / 1e3
+    return SETUP_SECONDS + rounds * (3 + len(OURS)) * SAMPLE_MILLISECONDS / 1e3
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -361,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     except CommandError as error:
         print(f"depthwise: {error}", file=sys.stderr)
         return 2
-    cases = [Case(*case) for case in product(only, dtypes, batches, SHAPES)]
+    cases = [Case(name, *case) for *case, name in product(dtypes, batches, SHAPES, only)]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     head = header(device, rounds=rounds)
     rows, unmeasured = measure_all(

@@ -37,7 +37,9 @@ FORWARD, BACKWARD = "forward", "forward + backward"
 COPY, LARGE_PRODUCT, PRODUCTS, PYTORCH = "copy", "large product", "bare products", "PyTorch"
 OURS = ("cuda", "triton")
 DTYPES = {name: parity.DTYPES[name] for name in ("bfloat16", "float16")}
-CHANNELS = (96, 128, 192, 256, 384, 512, 768, 1024, 1536)
+CHANNELS = (96, 192, 384, 768, 128, 256, 512, 1024, 1536)
+"""Those of ConvNeXt-T first."""
+
 MODELS = ("tiny", "small", "base", "large", "xlarge")
 BATCHES = (128, 256)
 LEAST_TOKENS, MOST_TOKENS = 100_352, 802_816
@@ -248,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def choose_cases(options: argparse.Namespace) -> list[Case]:
-    """Forward at the largest token count of every width, then at the others; forward + backward at the largest."""
+    """At the largest token count of every width forward, then forward + backward; forward at the others."""
     modes = names("--mode", options.mode, ("forward", "backward"), ("forward", "backward"))
     dtypes = names("--dtype", options.dtype, DTYPES, ["bfloat16"])
     channels = [at_least("--channels", width, 1) for width in options.channels or CHANNELS]
@@ -259,7 +261,9 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
         largest.append(Case(FORWARD, dtype, width, most))
         others += [Case(FORWARD, dtype, width, count) for count in fewer]
     backward = [replace(case, mode=BACKWARD) for case in largest]
-    return [*(largest + others if "forward" in modes else ()), *(backward if "backward" in modes else ())]
+    if "forward" not in modes:
+        return backward
+    return [*largest, *(backward if "backward" in modes else ()), *others]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -63,20 +63,20 @@ def _on_a_cpu(name: str, does: str, minutes: float, *arguments: str) -> Part:
 
 PARTS = (
     Part("library", "finds the compiled library or builds it", "benchmarks.library", 1.0, limits_itself=False),
-    Part("parity", "the operators' tests that are marked gpu, in random order", "benchmarks.gpu_tests", 1.0),
+    Part("parity", "the operators' tests that are marked gpu, in random order", "benchmarks.gpu_tests", 0.75),
     Part("ceilings", "a large copy, large products in bfloat16 and float16", "benchmarks.ceilings", 0.25),
     Part(
         *("depthwise", "depthwise convolution and LayerNorm beside a copy and PyTorch", "benchmarks.depthwise", 0.75),
-        arguments=("--quick", "--batch", "256"),
+        arguments=("--quick", "--batch", "256", "--dtype", "bfloat16", "float16"),
         read=depthwise_results,
         operators=lambda case: frozenset({DEPTHWISE.get(case["mode"], "depthwise_conv2d")}),
     ),
     Part(
-        *("mlp", "the MLP beside its floor, bare products and PyTorch", "benchmarks.mlp", 0.75, ("--rounds", "6")),
+        *("mlp", "the MLP beside its floor, bare products and PyTorch", "benchmarks.mlp", 0.5, ("--rounds", "6")),
         operators=lambda case: frozenset({"mlp"}),
     ),
     Part(
-        *("blocks", "a block of every width beside eager", "benchmarks.block", 1.0),
+        *("blocks", "a block of every width beside eager", "benchmarks.block", 0.75),
         arguments=("--rounds", "6", "--mode", "forward,backward", "--no-compile", "--channels", *WIDTHS),
         operators=lambda case: BLOCK,
     ),
@@ -85,7 +85,7 @@ PARTS = (
         operators=_of_model,
     ),
     Part(
-        *("compiled", "whole models beside torch.compile, default and max-autotune", "benchmarks.models", 1.0),
+        *("compiled", "whole models beside torch.compile, default and max-autotune", "benchmarks.models", 1.75),
         arguments=("--compile",),
         operators=_of_model,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -152,6 +153,8 @@ def measure_all(
                 rows += measure(case)
             except Exception as error:  # the other cases' results count all the same
                 unmeasured[str(case)] = failure_of(error)
+            gc.collect()
+            torch.cuda.empty_cache()  # what this case held is room for the next one
             if path is not None:
                 save_json(path, content(head, rows, unmeasured, as_dict))
     if path is not None:

@@ -8,13 +8,15 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import depthwise, timing
-from benchmarks.depthwise import COPY, OPERATIONS, PYTORCH, Case, check, main, measure_case, run
+from benchmarks.depthwise import COPY, NO_BIAS, OPERATIONS, PYTORCH, Case, check, main, measure_case, run
 from benchmarks.kernel_work import Shape
 from convnext_kernels.cli.measure import Timing
 
 CPU = torch.device("cpu")
 SMALL = Shape(24, 9)
-MILLISECONDS = {COPY: [1.0, 1.0, 2.0], PYTORCH: [8.0, 8.0, 16.0], "reference": [2.0, 2.0, 2.0]}
+MILLISECONDS = {
+    **{COPY: [1.0, 1.0, 2.0], PYTORCH: [8.0, 8.0, 16.0], NO_BIAS: [4.0, 4.0, 4.0], "reference": [2.0, 2.0, 2.0]},
+}
 
 
 @pytest.fixture
@@ -38,10 +40,16 @@ def test_measures_what_can_run_and_names_what_cannot(on_a_cpu, tmp_path, capsys)
     path = tmp_path / "depthwise.json"
     assert main(["--quick", "--json", str(path)]) == 0
     content = json.loads(path.read_text())
-    assert on_a_cpu == [([COPY, PYTORCH, "reference"], 5)] * len(OPERATIONS)
+    two_passes = ("forward", "filter_gradient")
+    assert on_a_cpu == [
+        ([COPY, PYTORCH, *([NO_BIAS] if name in two_passes else []), "reference"], 5) for name in OPERATIONS
+    ]
     assert {"gpu", "device", "driver", "machine", "versions", "commit", "date", "rounds"} <= content.keys()
     rows = {(row["operation"], row["contender"]): row for row in content["results"]}
-    assert len(rows) == len(content["results"]) == 4 * len(OPERATIONS)
+    assert len(rows) == len(content["results"]) == 4 * len(OPERATIONS) + len(two_passes)
+    assert rows["forward", NO_BIAS]["terabytes_per_second"] == pytest.approx(
+        rows["forward", COPY]["bytes"] / 4e-3 / 1e12
+    )
     assert rows["forward", "cuda"]["failure"].startswith("not available: depthwise_conv2d: backend 'cuda' cannot run")
     ours = rows["forward", "reference"]
     assert (ours["dtype"], ours["batch"], ours["channels"], ours["size"]) == ("bfloat16", 64, 24, 9)
@@ -69,9 +77,9 @@ def test_the_arguments_choose(on_a_cpu, tmp_path):
     rows = [row for row in json.loads(path.read_text())["results"] if row["contender"] == "reference"]
     assert [(row["operation"], row["dtype"], row["batch"]) for row in rows] == [
         (operation, dtype, batch)
-        for operation in ("forward", "conv_layer_norm")
         for dtype in ("float32", "float16")
         for batch in (2, 3)
+        for operation in ("forward", "conv_layer_norm")
     ]
     assert on_a_cpu[0][1] == 30
 
@@ -87,7 +95,8 @@ def test_results_are_written_as_they_come(on_a_cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(depthwise, "measure_case", measure)
     with pytest.raises(KeyboardInterrupt):
         main(["--only", "forward", "--batch", "2", "3", "--json", str(path)])
-    assert [row["contender"] for row in json.loads(path.read_text())["results"]] == [COPY, PYTORCH, "cuda", "reference"]
+    contenders = [row["contender"] for row in json.loads(path.read_text())["results"]]
+    assert contenders == [COPY, PYTORCH, NO_BIAS, "cuda", "reference"]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -112,7 +121,7 @@ def test_a_wrong_result_gets_no_time(operation, result, on_a_cpu, monkeypatch, c
 
     monkeypatch.setitem(OPERATIONS, operation, replace(OPERATIONS[operation], ours=wrong))
     assert main(["--only", operation, "--dtype", "float32", "--batch", "2"]) == 1
-    assert on_a_cpu == [([COPY, PYTORCH], 30)]
+    assert [names for names, _ in on_a_cpu] == [Case(operation, "float32", 2, SMALL).contenders[:-2]]
     assert "parity failed" in capsys.readouterr().out
 
 
@@ -132,6 +141,11 @@ def test_the_copy_moves_as_many_bytes_as_the_operation(operation):
     read = 1 if operation == "input_gradient" else len(case.of.images)  # the input gradient does not read the input
     assert case.bytes == (read + results) * image
     assert tensors["source"].nbytes + tensors["destination"].nbytes == case.bytes
+    if case.of.without_bias:
+        alone, *_ = run(case, NO_BIAS, tensors)
+        with_bias = run(case, PYTORCH, tensors)[0].float()
+        bias = 0 if operation == "filter_gradient" else tensors["bias"].view(-1, 1, 1)
+        assert (alone + bias).float().allclose(with_bias, rtol=2e-2, atol=2e-2)
     (copied,) = run(case, COPY, tensors)
     assert torch.equal(copied, tensors["source"])
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import threading
 import time
+from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import gpu_tests, library, parts, record, suite
+from benchmarks import gpu_tests, library, parts, record, reporting, suite
 from benchmarks.parts import PARTS, Part, _on_a_cpu
 from benchmarks.readme import ROOT
 from benchmarks.suite import main
@@ -188,11 +190,44 @@ def test_the_shares_of_the_parts():
     assert suite.leave_out(PARTS, None, has_gpu=True).keys() == {part.name for part in PARTS if not part.gpu}
 
 
+def measured_in_its_share(name, monkeypatch):
+    """The cases of a part that are begun within its share of the minutes, if each takes as long as is expected."""
+    (part,) = [part for part in PARTS if part.name == name]
+    module, now, measured = import_module(part.module), [0.0], []
+    options = module._parser().parse_args(part.arguments)
+    cases = module.choose_cases(options)
+
+    def seconds(case):
+        return module.seconds(case, options.rounds)
+
+    def measure(case):
+        now[0] += seconds(case)
+        measured.append(case)
+        return []
+
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: now[0])
+    reporting.measure_all(cases, measure, dict, {}, None, seconds, suite.START_UP * part.minutes)
+    return measured
+
+
+def test_what_tells_most_comes_within_eight_minutes(monkeypatch):
+    whole = measured_in_its_share("models", monkeypatch)
+    assert {(case.model, case.mode, case.accelerated) for case in whole} >= {
+        (model, mode, accelerated)
+        for model in ("convnext_tiny", "convnext_base", "convnextv2_tiny", "convnextv2_base")
+        for mode, accelerated in product(("inference", "training step"), (False, True))
+    }
+    compiled = measured_in_its_share("compiled", monkeypatch)
+    assert [(case.mode, case.batch, case.compiler) for case in compiled[:2]] == [
+        ("inference", 256, compiler) for compiler in ("torch.compile", "torch.compile max-autotune")
+    ]
+    for name in ("mlp", "blocks"):
+        assert {case.channels for case in measured_in_its_share(name, monkeypatch)} >= {96, 192, 384, 768}
+
+
 @pytest.mark.parametrize("part", [part for part in PARTS if part.gpu], ids=lambda part: part.name)
 def test_what_a_part_is_given_is_accepted(part, tmp_path, monkeypatch, capsys):
     """Where there is no GPU: the plan, a file that is read, and operators that exist."""
-    from importlib import import_module
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu_tests.pytest, "main", lambda *arguments, **options: 5)
     monkeypatch.setattr(library, "find_nvcc", lambda: None)
