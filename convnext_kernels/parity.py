@@ -262,7 +262,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
     """||result - exact|| / ||exact|| and max|result - exact| / max|exact|."""
-    difference, exact = (result.double() - exact).flatten(), exact.flatten()
+    difference, exact = (result.detach().double() - exact).flatten(), exact.flatten()
     tiny = torch.finfo(torch.float64).tiny
     return (
         float(difference.norm() / exact.norm().clamp_min(tiny)),
