@@ -13,10 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,11 +27,10 @@ import triton
 from rich.progress import Progress
 from rich.table import Table
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from convnext_kernels import backends
+from convnext_kernels.cli.compile_ahead import compiling
 from convnext_kernels.cli.errors import CommandError, names, writable
 from convnext_kernels.cli.output import console, write_json
 from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
@@ -85,50 +83,6 @@ def failures(kernel: Kernel) -> list[str]:
     if kernel.kernel in PRODUCT_KERNELS and kernel.dtype != "float32" and not kernel.matrix_instructions:
         found.append("no matrix instruction")
     return found
-
-
-class _Driver:
-    """Stands in for a GPU of an architecture; each architecture is a device of its own to Triton's caches."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-    def get_current_device(self) -> int:
-        return self.architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def compiling(architecture: int) -> Iterator[dict[str, tuple[JITFunction, Any, float]]]:
-    """Within the context Triton's launches compile for the architecture and do not run.
-
-    Yields function, compiled kernel and seconds of every kernel launched, by the kernel's hash.
-    """
-    compiled: dict[str, tuple[JITFunction, Any, float]] = {}
-    run = JITFunction.run
-
-    def compile_only(function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        kernel = run(function, *args, grid=grid, warmup=True, **kwargs)
-        compiled.setdefault(kernel.hash, (function, kernel, time.perf_counter() - start))
-        return kernel
-
-    driver.set_active(_Driver(architecture))
-    try:
-        with (
-            patch.object(JITFunction, "run", compile_only),
-            patch.object(backends, "machine_reasons", lambda *_: ()),
-            patch.object(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10)),
-            backends.use_backend("triton"),
-        ):
-            yield compiled
-    finally:
-        driver.set_active(None)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 from support import device_of
 
 from convnext_kernels import parity
-from convnext_kernels.cli import tune
+from convnext_kernels.cli import tune, tune_plan
 from convnext_kernels.cli.tune import write_table
 from convnext_kernels.cli.workloads import PRECISIONS, workloads
 from convnext_kernels.ops.common import tuning
@@ -57,8 +57,8 @@ def test_every_candidate_gives_the_same_results(workload, monkeypatch):
 
 
 def test_every_kernel_is_measured_and_every_tile_is_a_power_of_two():
-    blocks, device = tune.blocks_of(tune.list_models()), torch.device("cpu")
-    found = tune.planned(SimpleNamespace(blocks=blocks, precisions=list(PRECISIONS), device=device))
+    networks = [tune_plan.stages_of(model) for model in tune.list_models()]
+    found = tune_plan.planned(networks, list(PRECISIONS), torch.device("cpu"))
     assert {workload.tunable.name for workload in found} == set(tunables())
     for workload in found:
         for config in workload.tunable.candidates(workload.key):

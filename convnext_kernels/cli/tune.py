@@ -10,7 +10,9 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from torch import Tensor
 
 from convnext_kernels import parity
 from convnext_kernels.backends import interpreting
+from convnext_kernels.cli.compile_ahead import compiled_ahead
 from convnext_kernels.cli.errors import CommandError, at_least, names, writable
 from convnext_kernels.cli.machine import device_name, find_device, versions
 from convnext_kernels.cli.measure import Timing, captured, measure_over, over, rotation, warm_up
 from convnext_kernels.cli.output import console, save_json
-from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
+from convnext_kernels.cli.tune_plan import Stage, planned, stages_of, stages_of_width
+from convnext_kernels.cli.workloads import PRECISIONS, Workload
 from convnext_kernels.model import list_models
 from convnext_kernels.ops.common.launch import architecture
 from convnext_kernels.ops.common.tuning import (
@@ -41,12 +45,10 @@ from convnext_kernels.ops.common.tuning import (
     trying,
     user_folder,
 )
-from convnext_kernels.variants import VARIANTS
 
-BATCH = 64
-ROUNDS = 9
-FIRST_MAP, ISOTROPIC_MAP = 56, 14
-"""Height and width of the first stage's maps, and of an isotropic model's, for images of 224 pixels."""
+ROUNDS, FIRST_ROUNDS = 9, 2
+HOPELESS = 1.15
+"""What takes so many times as long as the fastest in the first rounds is not timed further."""
 
 MINIMUM_GAIN = 0.02
 """Less is not worth an entry, however small the spread."""
@@ -54,10 +56,11 @@ MINIMUM_GAIN = 0.02
 ROUNDING = {2: 2, 4: 64}
 """By bytes of a result's element: how many eps two orders of summation may differ by."""
 
-PREDICTED_SECONDS = 4.0
-"""For a configuration to be compiled, checked and timed."""
+PREDICTED_SECONDS = 1.0
+"""For a configuration to be checked and timed; it is compiled before, while others are timed."""
 
-PREDICTED_ARCHITECTURE = 90
+Compiler = Callable[[Sequence[Workload]], AbstractContextManager[Callable[[Workload], None]]]
+"""A context within which a plan's kernels are compiled; what waits for one of them."""
 
 Timer = Callable[[Mapping[Any, Callable[[Any], object]], Sequence[Any], torch.device], Mapping[Any, Timing]]
 """Of configurations, what launches each on an input; the inputs; the GPU: times of each, a sample for every round."""
@@ -80,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Options:
     """The command's arguments, checked and with their defaults."""
 
-    blocks: Mapping[tuple[int, int], bool]
+    networks: Sequence[Sequence[Stage]]
     precisions: list[str]
     minutes: float
     device: torch.device
@@ -98,35 +101,21 @@ class Outcome:
     failed: dict[Any, str] = field(default_factory=dict)
 
 
-def blocks_of(models: Sequence[str]) -> dict[tuple[int, int], bool]:
-    """Channels and map width of every stage, and whether a model has GRN there; those that most models have first."""
-    counts: Counter[tuple[int, int]] = Counter()
-    grn: dict[tuple[int, int], bool] = {}
-    for variant in map(VARIANTS.__getitem__, models):
-        for stage, channels in enumerate(variant.dims):
-            block = channels, ISOTROPIC_MAP if variant.isotropic else FIRST_MAP >> stage
-            counts[block] += 1
-            grn[block] = grn.get(block, False) or variant.use_grn
-    return {block: grn[block] for block, _ in counts.most_common()}
-
-
-def _chosen_blocks(arguments: argparse.Namespace) -> dict[tuple[int, int], bool]:
-    published = blocks_of(names("--model", arguments.model, list_models(), list_models()))
+def _chosen_networks(arguments: argparse.Namespace) -> list[list[Stage]]:
+    models = names("--model", arguments.model, list_models(), list_models())
     if arguments.widths is None:
-        return published
-    chosen: dict[tuple[int, int], bool] = {}
+        return [stages_of(model) for model in models]
+    chosen = []
     for text in (text for item in arguments.widths for text in item.split(",")):
         if not text.strip().isdecimal():
             raise CommandError(f"--widths: got {text!r}; accepted: numbers of channels")
-        channels = at_least("--widths", int(text), 1)
-        known = {block: grn for block, grn in published.items() if block[0] == channels}
-        chosen |= known or {(channels, ISOTROPIC_MAP): True}
+        chosen.append(stages_of_width(at_least("--widths", int(text), 1)))
     return chosen
 
 
 def check_options(arguments: argparse.Namespace) -> Options:
     """Checks every argument, and that there is what to measure on, before any work."""
-    blocks, precisions = _chosen_blocks(arguments), names("--dtype", arguments.dtype, PRECISIONS, ["bfloat16"])
+    networks, precisions = _chosen_networks(arguments), names("--dtype", arguments.dtype, PRECISIONS, ["bfloat16"])
     if not arguments.minutes > 0:
         raise CommandError(f"--minutes: got {arguments.minutes}; accepted: more than 0")
     output, device = writable("--output", arguments.output), find_device(arguments.device)
@@ -139,19 +128,7 @@ def check_options(arguments: argparse.Namespace) -> Options:
             raise CommandError("TRITON_INTERPRET=1 is set: Triton's interpreter has no launch configurations to time")
         if torch.cuda.is_current_stream_capturing():
             raise CommandError("the current stream is captured into a CUDA graph; measuring would become part of it")
-    return Options(blocks, precisions, arguments.minutes, device, output, arguments.dry_run)
-
-
-def planned(options: Options) -> list[Workload]:
-    """Every kernel to be measured, once for each key."""
-    target = architecture(options.device) if options.device.type == "cuda" else PREDICTED_ARCHITECTURE
-    found: dict[Name, Workload] = {}
-    for precision in options.precisions:
-        for (channels, width), grn in options.blocks.items():
-            for workload in workloads((BATCH, channels, width, width), precision, target, grn):
-                if len(workload.tunable.candidates(workload.key)) > 1:
-                    found.setdefault(workload.name, workload)
-    return list(found.values())
+    return Options(networks, precisions, arguments.minutes, device, output, arguments.dry_run)
 
 
 def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
@@ -167,12 +144,19 @@ def disagreement(results: Sequence[Tensor], expected: Sequence[Tensor]) -> str |
 def time_in_turn(
     calls: Mapping[Any, Callable[[Any], object]], inputs: Sequence[Any], device: torch.device
 ) -> dict[Any, Timing]:
-    """Times CUDA graphs of calls over all inputs, one configuration after the other in every round."""
+    """Times CUDA graphs of calls over all inputs, one configuration after the other in every round.
+
+    The first is that of the rule. Of the others only those are timed in all rounds that a few show to be promising.
+    """
     works = {}
     for config, call in calls.items():
         warm_up(work := over(call, inputs), device)
         works[config] = captured(work)
-    return measure_over(works, [None], device, ROUNDS, lambda: None)
+    first = measure_over(works, [None], device, FIRST_ROUNDS, lambda: None)
+    limit = HOPELESS * min(timing.median for timing in first.values())
+    rule = next(iter(works))
+    promising = {config: work for config, work in works.items() if config == rule or first[config].median < limit}
+    return measure_over(promising, [None], device, ROUNDS, lambda: None)
 
 
 def fastest(timings: Mapping[Any, Timing], rule: Any) -> tuple[Any, float] | None:
@@ -229,6 +213,11 @@ def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in
     return replace(outcome, entry=Entry(*workload.name, best[0], round(best[1], 3)))
 
 
+def launched_first(plan: Sequence[Workload]) -> AbstractContextManager[Callable[[Workload], None]]:
+    """Nothing is compiled before it is launched."""
+    return nullcontext(lambda workload: None)
+
+
 def write_table(path: Path, gpu: str, entries: Iterable[Entry]) -> None:
     """Writes a table in one step; from now on launches read it."""
     save_json(path, table_content(gpu, entries, versions()))
@@ -241,6 +230,7 @@ def tune(
     path: Path,
     timer: Timer = time_in_turn,
     clock: Callable[[], float] = time.monotonic,
+    compiler: Compiler = launched_first,
 ) -> list[Outcome]:
     """Measures kernel after kernel until the time is over; the table is written after each of them.
 
@@ -253,12 +243,13 @@ def tune(
     entries: dict[Name, Entry] = dict(before.entries)
     for problem in before.problems:
         messages.print(f"not kept: {problem}", style="yellow", markup=False)
-    with Progress(*columns, console=messages) as progress:
+    with Progress(*columns, console=messages) as progress, compiler(plan) as wait_for:
         bar = progress.add_task("", total=len(plan))
         for workload in plan:
             if clock() >= end:
                 break
             progress.update(bar, description=str(workload))
+            wait_for(workload)
             try:
                 outcome = tune_kernel(workload, options.device, timer)
             except RuntimeError as error:  # such as too little memory: not the end for the other kernels
@@ -320,7 +311,7 @@ def _show_plan(plan: Sequence[Workload], options: Options, target: Console) -> N
 def run(arguments: argparse.Namespace) -> int:
     """Measures and writes; 1 where a candidate gave other results than the rule's configuration."""
     options = check_options(arguments)
-    plan = planned(options)
+    plan = planned(options.networks, options.precisions, options.device)
     if options.dry_run:
         _show_plan(plan, options, console())
         return 0
@@ -331,7 +322,8 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error}; --output names another file") from error
     torch.cuda.set_device(options.device)
-    outcomes = tune(plan, options, path)
+    ahead = partial(compiled_ahead, architecture=architecture(options.device))
+    outcomes = tune(plan, options, path, compiler=ahead)
     _show(outcomes, plan, console())
     messages = console(stderr=True)
     messages.print(f"wrote {path}", markup=False)

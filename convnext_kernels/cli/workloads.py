@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ PRECISIONS = {
 }
 """Name of a precision: the tensors' dtype and PyTorch's setting for float32 matrix products."""
 
+BYTES_PER_SECOND, FLOPS_PER_SECOND = 4.3e12, 8e14
+FLOPS_OF_CUDA_CORES = 12
+"""How much more an operation without matrix units takes."""
+
 EPS = 1e-6
 STATISTICS = ("rstd", "drop_path_factor")
 """Tensors in float32 whatever the dtype of the others, and positive."""
@@ -48,13 +53,23 @@ def multiplying(precision: str) -> Iterator[torch.dtype]:
 
 @dataclass(frozen=True)
 class Workload:
-    """A launch of one kernel: its key, precision, the tensors by shape, and the call with those that launches it."""
+    """A launch of one kernel: its key, precision, the tensors by shape, and the call with those that launches it.
+
+    flops: on the matrix units, or what takes these as long.
+    """
 
     tunable: Tunable[Any]
     key: Key
     precision: str
     shapes: Mapping[str, tuple[int, ...]]
     call: Callable[..., Any]
+    flops: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """What an H200 takes at least, to tell large kernels from small ones: of its arguments and its arithmetic."""
+        nbytes = sum(prod(shape) * self._dtype(name).itemsize for name, shape in self.shapes.items())
+        return max(nbytes / BYTES_PER_SECOND, self.flops / FLOPS_PER_SECOND)
 
     @property
     def name(self) -> Name:
@@ -69,11 +84,24 @@ class Workload:
         """Random tensors; images in channels-last memory."""
         generator, tensors = torch.Generator(device).manual_seed(seed), {}
         for name, shape in self.shapes.items():
-            dtype = torch.float32 if name in STATISTICS else PRECISIONS[self.precision][0]
-            values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-            layout = torch.channels_last if values.dim() == 4 and "weight" not in name else torch.contiguous_format
+            values = torch.randn(shape, generator=generator, device=device, dtype=self._dtype(name))
+            layout = self._layout(name, shape)
             tensors[name] = (values.abs() if name in STATISTICS else values).contiguous(memory_format=layout)
         return tensors
+
+    def empty(self) -> dict[str, Tensor]:
+        """Such tensors on the CPU, of memory that nothing has touched: kernels are compiled by them."""
+        return {
+            name: torch.empty(shape, dtype=self._dtype(name), memory_format=self._layout(name, shape))
+            for name, shape in self.shapes.items()
+        }
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in STATISTICS else PRECISIONS[self.precision][0]
+
+    @staticmethod
+    def _layout(name: str, shape: tuple[int, ...]) -> torch.memory_format:
+        return torch.channels_last if len(shape) == 4 and "weight" not in name else torch.contiguous_format
 
     def run(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """The results of the call."""
@@ -172,10 +200,11 @@ def _filters(image: tuple[int, int, int, int], size: int, precision: str) -> Ite
     key = depthwise_conv.width_class(width), channels, size
     layer = {"input": image, "weight": (channels, 1, size, size), "bias": (channels,)}
     gradient = {"grad": image, "input": image, "weight": layer["weight"]}
-    yield Workload(depthwise_conv.FORWARD, key, precision, layer, _convolution)
-    yield Workload(depthwise_conv.WEIGHT_GRADIENT, (channels, size), precision, gradient, _weight_gradient)
+    flops = 2 * size**2 * prod(image) * FLOPS_OF_CUDA_CORES
+    yield Workload(depthwise_conv.FORWARD, key, precision, layer, _convolution, flops)
+    yield Workload(depthwise_conv.WEIGHT_GRADIENT, (channels, size), precision, gradient, _weight_gradient, flops)
     if channels <= depthwise_conv_layer_norm.MAXIMUM_FUSED_CHANNELS:
-        yield Workload(depthwise_conv_layer_norm.FUSED, key, precision, layer, _convolution_and_norm)
+        yield Workload(depthwise_conv_layer_norm.FUSED, key, precision, layer, _convolution_and_norm, flops)
 
 
 def _norms(image: tuple[int, int, int, int], precision: str) -> Iterator[Workload]:
@@ -205,13 +234,14 @@ def _bits(precision: str) -> int:
 def _products(image: tuple[int, int, int, int], precision: str, architecture: int) -> Iterator[Workload]:
     batch, channels, height, width = image
     count, hidden, bits = batch * height * width, 4 * channels, _bits(precision)
+    product = 2 * count * channels * hidden
     tokens, activations = (count, channels), (count, hidden)
     layer1, layer2 = {"weight1": (hidden, channels), "bias1": (hidden,)}, {"weight2": (channels, hidden)}
     one_kernel = {"input": image, **layer1, **layer2, "bias2": (channels,), "residual": image}
     if bits == 16 and mlp.fused_config(channels, architecture) is not None:
-        yield Workload(mlp.FUSED, (channels, architecture), precision, one_kernel, _one_kernel_mlp)
+        yield Workload(mlp.FUSED, (channels, architecture), precision, one_kernel, _one_kernel_mlp, 2 * product)
 
-    matmul, long_matmul = partial(Workload, MATMUL), partial(Workload, LONG_MATMUL)
+    matmul, long_matmul = (partial(Workload, tunable, flops=product) for tunable in (MATMUL, LONG_MATMUL))
     first, second = (hidden, channels, bits), (channels, hidden, bits)
     unaligned = int(channels % 16 > 0)
     shapes = {"tokens": tokens, "weight": (hidden, channels), "bias": (hidden,)}

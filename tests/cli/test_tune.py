@@ -1,17 +1,19 @@
 """The command `tune`: what wins, what is refused, and what is written."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from convnext_kernels.cli import info, main, output, tune
+from convnext_kernels.cli import compile_ahead, info, main, output, tune, tune_plan
 from convnext_kernels.cli.measure import Timing
-from convnext_kernels.cli.workloads import Workload
+from convnext_kernels.cli.workloads import Workload, workloads
 from convnext_kernels.ops.common import tuning
 from convnext_kernels.ops.common.tuning import Entry, read_table
 from convnext_kernels.ops.layer_norm.configs import BACKWARD, FORWARD
+from convnext_kernels.variants import VARIANTS
 
 CPU = torch.device("cpu")
 GPU = "NVIDIA Test 1"
@@ -102,7 +104,7 @@ def test_what_cannot_be_launched_is_left_out():
 @pytest.fixture
 def options(monkeypatch):
     monkeypatch.setattr(tune, "device_name", lambda device: GPU)
-    return tune.Options({}, ["float16"], 2.0, CPU, None, False)
+    return tune.Options([], ["float16"], 2.0, CPU, None, False)
 
 
 def test_the_time_limit_stops_and_keeps_what_was_measured(options, tmp_path):
@@ -177,12 +179,81 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypa
     assert "minutes predicted, of which --minutes allows 3" in shown and not list(tmp_path.iterdir())
 
 
-def test_the_most_frequent_widths_come_first():
-    blocks = tune.blocks_of(tune.list_models())
-    assert len(blocks) > 20 and next(iter(blocks)) == (384, 14)
-    assert blocks[96, 56] and not blocks[2048, 7]
-    tiny = tune.blocks_of(["convnext_tiny"])
-    assert tiny == {(96, 56): False, (192, 28): False, (384, 14): False, (768, 7): False}
+def test_what_takes_most_of_the_models_time_comes_first(monkeypatch):
+    """Of ConvNeXt-T the MLP's; in all models together every kernel of theirs once."""
+    tiny = tune_plan.planned([tune_plan.stages_of("convnext_tiny")], ["bfloat16"], CPU)
+    assert {workload.tunable.name for workload in tiny[:6]} <= {
+        "common.matmul",
+        "common.long_matmul",
+        "mlp.fused_kernel",
+    }
+    assert tiny[-1].tunable.name.startswith("layer_norm")
+    everything = tune_plan.planned([tune_plan.stages_of(model) for model in VARIANTS], ["bfloat16"], CPU)
+    assert {workload.name for workload in tiny} < {workload.name for workload in everything}
+    assert len({workload.name for workload in everything}) == len(everything)
+
+
+def test_what_the_compiled_library_replaces_comes_last(monkeypatch):
+    monkeypatch.setattr(tune_plan, "machine_reasons", lambda *arguments: ())
+    monkeypatch.setattr(tune_plan, "architecture", lambda device: 90)
+    plan = tune_plan.planned([tune_plan.stages_of("convnext_tiny")], ["bfloat16"], torch.device("cuda", 0))
+    in_cuda = [workload.tunable.name.split(".")[0] not in ("common", "mlp") for workload in plan]
+    assert in_cuda == sorted(in_cuda) and 0 < sum(in_cuda) < len(plan)
+
+
+def test_the_stages_of_models_and_widths():
+    depths, channels, widths = (3, 3, 9, 3), (96, 192, 384, 768), (56, 28, 14, 7)
+    tiny = [tune_plan.Stage(*sizes, False) for sizes in zip(depths, channels, widths, strict=True)]
+    assert tune_plan.stages_of("convnext_tiny") == tiny
+    assert tune_plan.stages_of("convnext_isotropic_small") == [tune_plan.Stage(18, 384, 14, False)]
+    assert tune_plan.stages_of_width(2048) == [tune_plan.Stage(1, 2048, 7, False)]
+    assert {stage.width for stage in tune_plan.stages_of_width(96)} == {56, 28}
+    assert tune_plan.stages_of_width(100) == [tune_plan.Stage(1, 100, 14, True)]
+
+
+def test_what_is_hopeless_is_not_timed_in_all_rounds(monkeypatch):
+    """What is more than 15% slower than the fastest, but for the rule's."""
+    milliseconds, rounds_of = {"rule": 9.0, "good": 5.0, "close": 5.5, "slow": 6.0}, []
+
+    def measure(works, inputs, device, rounds, advance):
+        rounds_of.append((list(works), rounds))
+        return {name: Timing([milliseconds[name]] * rounds) for name in works}
+
+    monkeypatch.setattr(tune, "captured", lambda work: work)
+    monkeypatch.setattr(tune, "measure_over", measure)
+    timings = tune.time_in_turn(dict.fromkeys(milliseconds, lambda input: None), [None], CPU)
+    assert rounds_of == [(list(milliseconds), 2), (["rule", "good", "close"], 9)] and len(timings["good"].samples) == 9
+
+
+def test_kernels_are_compiled_before_they_are_measured(options, tmp_path):
+    order = []
+
+    @contextmanager
+    def compiler(plan):
+        order.append("begin")
+        yield lambda workload: order.append(workload.tunable.name)
+        order.append("end")
+
+    def measure(works, inputs, device):
+        order.append("measured")
+        return {config: Timing([1.0] * 3) for config in works}
+
+    tune.tune([workload(FORWARD), workload(BACKWARD)], options, tmp_path / "table.json", measure, compiler=compiler)
+    assert order == ["begin", FORWARD.name, "measured", BACKWARD.name, "measured", "end"]
+
+
+def test_other_processes_compile_every_candidate(tmp_path, monkeypatch):
+    """Into the cache on disk, without a GPU; what cannot be compiled is waited for all the same."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compile_ahead.os, "cpu_count", lambda: 2)
+    (norm,) = [of for of in workloads((2, *KEY, 3, 3), "float16", 90, grn=False) if of.tunable is BACKWARD]
+    broken = replace(norm, tunable=FORWARD, shapes={})
+    with compile_ahead.compiled_ahead([norm, broken], 90) as wait_for:
+        wait_for(norm)
+        assert len(list(tmp_path.glob("*/*.cubin"))) >= len(BACKWARD.candidates(KEY)) > 1
+        wait_for(broken)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +283,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(tune, "find_spec", lambda name: True)
     monkeypatch.setattr(tune, "interpreting", lambda: False)
     monkeypatch.setattr(tune, "device_name", lambda device: GPU)
+    monkeypatch.setattr(tune, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
@@ -236,8 +308,8 @@ def test_the_exit_code_and_where_it_is_read(a_gpu, monkeypatch, capsys, tmp_path
     outcome = tune.Outcome(
         workload(), Entry(FORWARD.name, "float16", KEY, FAST, 1.25), {FASTEST: "off"} if wrong else {}
     )
-    monkeypatch.setattr(tune, "planned", lambda options: [workload()])
-    monkeypatch.setattr(tune, "tune", lambda plan, options, path: [outcome])
+    monkeypatch.setattr(tune, "planned", lambda *arguments: [workload()])
+    monkeypatch.setattr(tune, "tune", lambda plan, options, path, compiler: [outcome])
     path = tmp_path / "mine.json"
     assert main(["tune", "--output", str(path)]) == int(wrong)
     captured = capsys.readouterr()

@@ -65,6 +65,10 @@ class Tunable(Generic[Config]):
     def __call__(self, input: Tensor, *key: int) -> Config:
         return _config(self, input.device, input.dtype, key) if self.tried is None else self.tried
 
+    def __reduce__(self) -> tuple[Callable[[str], Tunable[Any]], tuple[str]]:
+        """Another process gets its own of the same name, which is what its kernels ask."""
+        return tunable_of, (self.name,)
+
     def candidates(self, key: Key) -> list[Any]:
         """Every configuration that is accepted for a key, the rule's first; none where the rule gives None."""
         default = self.rule(*key)
@@ -87,6 +91,11 @@ def tunables() -> Mapping[str, Tunable[Any]]:
     for path in sorted(OPERATORS.glob("*/*configs.py")):
         import_module(f"..{path.parent.name}.{path.stem}", __package__)
     return _tunables
+
+
+def tunable_of(name: str) -> Tunable[Any]:
+    """The one of that name."""
+    return tunables()[name]
 
 
 @cache
