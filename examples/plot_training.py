@@ -43,10 +43,10 @@ def draw(axes: Axes, lines: Curves, x: str, y: str, **options: object) -> None:
 
 
 def differences(losses: Curves) -> Curves:
-    """|loss - loss of the first run| / loss of the first run / 2**-23."""
+    """|loss - loss of the first run| / loss of the first run / 2**-23, at the steps that both have done."""
     base = next(iter(losses.values()))
     return {
-        name: [abs(a - b) / b * 2**23 for a, b in zip(values, base, strict=True)] for name, values in losses.items()
+        name: [abs(a - b) / b * 2**23 for a, b in zip(values, base, strict=False)] for name, values in losses.items()
     }
 
 

@@ -5,8 +5,8 @@
     python examples/train.py --data FOLDER --init convnext_base.pth --drop-path 0.8 --layer-decay 0.7     fine-tuning
 
 FOLDER holds train/CLASS/IMAGE and val/CLASS/IMAGE. The defaults below are the paper's; the digits have their own.
-examples/README.md says what is written where, and how a run is resumed. Exit codes: 0 done, 1 stopped by bad data or a
-loss that is no number, 2 refused before the start, 143 saved after SIGTERM.
+examples/README.md says what is written where, and how a run is resumed. Exit codes: 0 done, 1 stopped by bad data, a
+loss that is no number or a full disk, 2 refused before the start, 130 and 143 saved after SIGINT and SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from training.learner import AMP
@@ -51,10 +51,26 @@ DIGITS = {
 METAVARS = {int: "N", float: "X", str: "PATH"}
 
 
-def pixels_at(text: str) -> tuple[int, int]:
+def resolution(text: str) -> tuple[int, int]:
     """ "192@10" -> (10, 192): 192 pixels from epoch 10 on; "160" -> (0, 160)."""
     pixels, _, epoch = text.partition("@")
     return int(epoch or 0), int(pixels)
+
+
+def number(kind: type, interval: str) -> Callable[[str], float]:
+    """A type of options: the numbers of a kind in an interval such as "(0, 1]"."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def parse_number(text: str) -> float:
+        value = kind(text)
+        is_above = value > low or (value == low and interval[0] == "[")
+        is_below = value < high or (value == high and interval[-1] == "]")
+        if not (is_above and is_below):
+            raise argparse.ArgumentTypeError(f"got {text}; accepted: {kind.__name__} in {interval}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # argparse says it of a text that is no number
+    return parse_number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,10 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
-    def add(name: str, default: object, help: str, **options: object) -> None:
+    def add(name: str, default: object, help: str, within: str = "", **options: object) -> None:
         if not options.keys() & {"action", "choices"}:
-            options.setdefault("type", type(default))
-            options.setdefault("metavar", METAVARS.get(options["type"]))
+            kind = options.setdefault("type", type(default))
+            options.setdefault("metavar", METAVARS.get(kind))
+            options |= {"type": number(kind, within)} if within else {}
         shown = "" if default in (None, "") or isinstance(default, bool | list) else " (%(default)s)"
         parser.add_argument(name, default=default, help=help + shown, **options)
 
@@ -74,40 +91,47 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", False, "go on with the run in --output, if there is one", action="store_true")
     add("--kernels", "on", "this package's operators, or plain PyTorch", choices=("on", "off"))
     add("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
-    add("--seed", 0, "of weights, order and augmentation")
-    add("--workers", 8, "processes that read images, for each process that trains")
-    add("--log-every", 50, "steps between rows of steps.csv")
-    add("--save-every", 0, "steps between checkpoints, beside those after epochs; 0: none")
+    add("--seed", 0, "of weights, order and augmentation", "[0, 4294967295]")
+    add("--workers", 8, "processes that read images, for each process that trains", "[0, inf)")
+    add("--log-every", 50, "steps between rows of steps.csv", "[1, inf)")
+    add("--save-every", 0, "steps between checkpoints, beside those after epochs; 0: none", "[0, inf)")
 
     add("--model", "convnext_tiny", "architecture", choices=list_models(), metavar="NAME")
     add("--depths", None, "blocks per stage, in place of the model's", type=int, nargs="+", metavar="N")
     add("--dims", None, "channels per stage, in place of the model's", type=int, nargs="+", metavar="N")
-    add("--layer-scale", None, "first value of the layer scale, in place of the model's", type=float)
+    add(
+        "--layer-scale",
+        None,
+        "first value of the layer scale, in place of the model's; 0: none",
+        "[0, inf)",
+        type=float,
+    )
     add("--init", "", "weights to start from; a classifier of other classes is replaced")
-    add("--freeze", 0, "stages that keep their weights, from the first on")
+    add("--head-scale", 1.0, "of the first weights of a replaced classifier", "(0, inf)")
+    add("--freeze", 0, "stages that keep their weights, from the first on", "[0, inf)")
 
-    add("--epochs", 300, "passes over the images")
-    add("--warmup", 20.0, "epochs of rising learning rate")
-    add("--batch-size", 4096, "images per step, of all processes together")
-    add("--accumulate", 1, "parts that each process cuts its batch into, for memory")
-    add("--lr", 4e-3, "highest learning rate")
-    add("--min-lr", 1e-6, "last learning rate")
-    add("--layer-decay", 1.0, "of the learning rate, from a layer to the one before")
-    add("--weight-decay", 0.05, "of AdamW")
-    add("--betas", [0.9, 0.999], "of AdamW (0.9 0.999)", type=float, nargs=2)
-    add("--clip", 0.0, "highest norm of the gradients; 0: any")
-    add("--drop-path", 0.1, "stochastic depth of the last block")
-    add("--ema", 0.9999, "decay of the weights' moving average; 0: none")
-    add("--smoothing", 0.1, "of the labels")
+    add("--epochs", 300, "passes over the images", "[1, inf)")
+    add("--warmup", 20.0, "epochs of rising learning rate", "[0, inf)")
+    add("--batch-size", 4096, "images per step, of all processes together", "[1, inf)")
+    add("--accumulate", 1, "parts that each process cuts its batch into, for memory", "[1, inf)")
+    add("--lr", 4e-3, "highest learning rate", "(0, inf)")
+    add("--min-lr", 1e-6, "last learning rate", "[0, inf)")
+    add("--layer-decay", 1.0, "of the learning rate, from a layer to the one before", "(0, 1]")
+    add("--weight-decay", 0.05, "of AdamW", "[0, inf)")
+    add("--betas", [0.9, 0.999], "of AdamW (0.9 0.999)", "[0, 1)", type=float, nargs=2)
+    add("--clip", 0.0, "highest norm of the gradients; 0: any", "[0, inf)")
+    add("--drop-path", 0.1, "stochastic depth of the last block", "[0, 1)")
+    add("--ema", 0.9999, "decay of the weights' moving average; 0: none", "[0, 1)")
+    add("--smoothing", 0.1, "of the labels", "[0, 1]")
 
-    add("--resolution", [(0, 224)], "pixels, from an epoch on (224)", type=pixels_at, nargs="+", metavar="R[@EPOCH]")
-    add("--crop", 0.875, "part of the shorter side that is evaluated")
-    add("--crop-scale", [0.08, 1.0], "parts of the area to crop in training (0.08 1)", type=float, nargs=2)
-    add("--flip", 0.5, "probability of a mirrored image")
-    add("--rand-augment", 9, "magnitude; 0: off")
-    add("--random-erasing", 0.25, "probability")
-    add("--mixup", 0.8, "alpha; 0: off")
-    add("--cutmix", 1.0, "alpha; 0: off")
+    add("--resolution", [(0, 224)], "pixels, from an epoch on (224)", type=resolution, nargs="+", metavar="R[@EPOCH]")
+    add("--crop", 0.875, "part of the shorter side that is evaluated", "(0, 1]")
+    add("--crop-scale", [0.08, 1.0], "parts of the area to crop in training (0.08 1)", "(0, 1]", type=float, nargs=2)
+    add("--flip", 0.5, "probability of a mirrored image", "[0, 1]")
+    add("--rand-augment", 9, "magnitude of 10; 0: off", "[0, 10]")
+    add("--random-erasing", 0.25, "probability", "[0, 1]")
+    add("--mixup", 0.8, "alpha; 0: off", "[0, inf)")
+    add("--cutmix", 1.0, "alpha; 0: off", "[0, inf)")
 
     add("--amp", "off", "dtype of computation", choices=tuple(AMP))
     add("--fsdp", False, "shard parameters and optimizer over the processes of torchrun (FSDP2)", action="store_true")
@@ -134,28 +158,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--resume: got no --output; accepted: with the folder of the run")
     if not options.output:
         options.output = f"runs/{options.data.strip('/').rpartition('/')[2]}-{time.strftime('%Y%m%d-%H%M%S')}"
-    positive = ("epochs", "batch_size", "accumulate", "lr", "log_every")
-    for name in positive:
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')}: got {getattr(options, name)}; accepted: above 0")
-    if min(options.resolution)[0] > 0:
-        parser.error("--resolution: got none for epoch 0; accepted: R, or R@0 among others")
+    if options.warmup > options.epochs:
+        parser.error(f"--warmup: got {options.warmup:g}; accepted: at most {options.epochs}, the epochs")
+    if options.min_lr > options.lr:
+        parser.error(f"--min-lr: got {options.min_lr:g}; accepted: at most {options.lr:g}, the learning rate")
+    if options.crop_scale != sorted(options.crop_scale):
+        parser.error(f"--crop-scale: got {options.crop_scale}; accepted: the smaller one first")
+    if (first := min(options.resolution)[0]) != 0:
+        parser.error(f"--resolution: got epoch {first} as the first; accepted: R, or R@0 among others")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    code, expected = REFUSED, (OSError, ValueError)
     try:
-        world = join(options.device)
-        trainer = Trainer(options, world)
-    except (OSError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return REFUSED
-    try:
+        trainer = Trainer(options, join(options.device))
+        code, expected = FAILED, (OSError, FloatingPointError)
         return trainer.run()
-    except FloatingPointError as error:
+    except expected as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return FAILED
+        return code
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -23,9 +23,16 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a file that `read` reads, and `load_checkpoint` too."""
+    """Writes a file that `read` reads, and `load_checkpoint` too.
+
+    Raises:
+        OSError: the disk is full; the file is as it was before.
+    """
     with replacing(path) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:  # PyTorch's writer says nothing of disks
+            raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
 def read(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from training.randomness import seed_of, seeded
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's pixels; the published checkpoints expect images normalised by these."""
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+"""Signals after which a training saves and ends."""
+
 PADDING = -1
 """The label of an image that fills up a batch of the evaluation and counts for nothing."""
 
@@ -63,19 +66,25 @@ def open_data(name: str) -> tuple[Any, Any]:
 
     Raises:
         OSError: a folder is missing, or a class is empty; the message names it.
-        ValueError: the two have not the same classes.
+        ValueError: the two have not the same classes, or only one.
     """
     if name == "digits":
         return Digits(train=True), Digits(train=False)
     train, validation = (ImageFolder(str(Path(name, part))) for part in ("train", "val"))
     if differing := set(train.classes) ^ set(validation.classes):
         raise ValueError(f"--data: train and val of {name} have not the same classes: {', '.join(sorted(differing))}")
+    if len(train.classes) == 1:
+        raise ValueError(f"--data: got one class, {train.classes[0]}, in {name}; accepted: two or more")
     return train, validation
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to an image in training, from the crop on; 0 turns a step off."""
+    """What is done to an image in training, from the crop on; 0 turns a step off.
+
+    RandAugment's magnitude, of 10, means what it does in timm, with which the papers train: two operations, each left
+    out half the time. Erased pixels become noise.
+    """
 
     crop_scale: tuple[float, float]
     flip: float
@@ -83,11 +92,15 @@ class Augmentation:
     erasing: float
 
     def transform(self, resolution: int) -> Callable[[Image.Image], Tensor]:
-        steps = [v2.RandomResizedCrop(resolution, self.crop_scale, interpolation=InterpolationMode.BICUBIC)]
+        bicubic = InterpolationMode.BICUBIC
+        steps = [v2.RandomResizedCrop(resolution, self.crop_scale, interpolation=bicubic)]
         steps += [v2.RandomHorizontalFlip(self.flip)] if self.flip else []
-        steps += [v2.RandAugment(magnitude=self.rand_augment)] if self.rand_augment else []
+        if self.rand_augment:
+            grey = [round(255 * mean) for mean in MEAN]
+            one = v2.RandAugment(1, self.rand_augment, num_magnitude_bins=11, interpolation=bicubic, fill=grey)
+            steps += 2 * [v2.RandomApply([one], 0.5)]
         steps += TO_TENSOR
-        steps += [v2.RandomErasing(self.erasing)] if self.erasing else []
+        steps += [v2.RandomErasing(self.erasing, value="random")] if self.erasing else []
         return v2.Compose(steps)
 
 
@@ -180,12 +193,13 @@ def collate(samples: list[Any]) -> list[Tensor] | Unreadable:
     return next((sample for sample in samples if isinstance(sample, Unreadable)), None) or default_collate(samples)
 
 
-def leave_termination_to_the_trainer(worker: int) -> None:
+def leave_signals_to_the_trainer(worker: int) -> None:
     """A signal to the whole process group must not kill the workers before the trainer has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
-loader = partial(DataLoader, collate_fn=collate, worker_init_fn=leave_termination_to_the_trainer)
+loader = partial(DataLoader, collate_fn=collate, worker_init_fn=leave_signals_to_the_trainer)
 """Of `TrainingImages` with the steps of a `TrainingOrder`, or of `ValidationImages`."""
 
 

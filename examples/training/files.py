@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+
+def claim(folder: Path) -> TextIO:
+    """Keeps other processes from claiming a folder while this one lives and has the returned file open.
+
+    Raises:
+        ValueError: another process has claimed it.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--output: another run is writing into {folder}; accepted: another folder") from None
+    except OSError:  # some file systems have no locks
+        pass
+    return file
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to be written beside `path`, whose place it takes in one step, once it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary
         with temporary.open("rb") as file:

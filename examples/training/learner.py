@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from argparse import Namespace
 from collections.abc import Iterable
@@ -37,7 +38,8 @@ def build_model(options: Namespace, classes: int) -> ReferenceConvNeXt:
 class Learner:
     """A model on its device, perhaps spread over processes, with its optimizer, schedule, scaler and moving average.
 
-    model: whose parameters are trained; parallel: the same, called in training; ema: None or `AveragedModel`.
+    model: whose parameters are trained; parallel: the same, called in training; ema: None or the moving average;
+    evaluated: model and average by the prefix of their figures.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Learner:
         self.world, self.clip, self.smoothing = world, options.clip or math.inf, options.smoothing
         self.accumulate, dtype = options.accumulate, AMP[options.amp]
         self.model = model.to(world.device)
-        self.ema = recipe.moving_average(model, options.ema) if options.ema else None
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False) if options.ema else None
+        self.decay = options.ema
+        self.evaluated = {"": model} if self.ema is None else {"": model, "ema_": self.ema}
         if options.checkpoint_activations:
             recipe.recompute_blocks(model)
         if options.compile:
@@ -59,7 +63,7 @@ class Learner:
         if options.fsdp:
             if not dist.is_initialized():
                 raise ValueError("--fsdp: got a process that torchrun did not start; accepted: one that it did")
-            for whole in (model, self.ema.module) if self.ema else (model,):
+            for whole in self.evaluated.values():
                 processes.shard(whole, recipe.blocks_of(whole), dtype, world)
         self.parallel: nn.Module = model if options.fsdp else processes.replicate(model, world)
         # Sharded models compute in their policy's dtype; autocast would only cast once more.
@@ -98,34 +102,36 @@ class Learner:
         self.optimizer.zero_grad()
         self.scheduler.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            recipe.follow(self.ema, self.model, self.decay)
         return loss, norm
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy of `model` or `ema` over all processes' images; NaN if there were none."""
-        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)
-        model.eval()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Mean cross-entropy "loss" and "accuracy" over all processes' images, of the average "ema_loss" and
+        "ema_accuracy"; NaN if there were none."""
+        sums = {prefix: torch.zeros(3, dtype=torch.float64, device=self.world.device) for prefix in self.evaluated}
+        self.model.eval()
         for images, labels in batches:
-            with self.autocast:
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=PADDING)
-            sums += torch.stack([loss, (logits.argmax(1) == labels).sum(), (labels != PADDING).sum()])
-        model.train()
-        loss, right, images = self.world.sum(sums).tolist()
-        return (loss / images, right / images) if images else (math.nan, math.nan)
+            for prefix, model in self.evaluated.items():
+                with self.autocast:
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=PADDING)
+                sums[prefix] += torch.stack([loss, (logits.argmax(1) == labels).sum(), (labels != PADDING).sum()])
+        self.model.train()
+        figures: dict[str, float] = {}
+        for prefix, of_model in sums.items():
+            loss, right, images = self.world.sum(of_model).tolist()
+            figures[f"{prefix}loss"] = loss / images if images else math.nan
+            figures[f"{prefix}accuracy"] = right / images if images else math.nan
+        return figures
 
     def state(self) -> dict[str, Any]:
         """All of it, whole and on the CPU, for the first process only. Every process must call this."""
-        ema = None if self.ema is None else self.ema.module
-        state = checkpoint.capture(self.model, ema, self.optimizer)
+        state = checkpoint.capture(self.model, self.ema, self.optimizer)
         return state | {"scheduler": self.scheduler.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from a `state`."""
-        ema = None if self.ema is None else self.ema.module
-        checkpoint.restore(state, self.model, ema, self.optimizer)
+        checkpoint.restore(state, self.model, self.ema, self.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.n_averaged.fill_(1)

@@ -14,26 +14,27 @@ from typing import Any
 
 import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from training import checkpoint, data
-from training.files import CsvLog
+from training.files import CsvLog, claim
 from training.learner import Learner, build_model
 from training.processes import Processes
 from training.randomness import seed_of
 from training.recipe import initialise
 
-FAILED, REFUSED, TERMINATED = 1, 2, 128 + signal.SIGTERM
-"""Exit codes: stopped by bad data or a loss that is no number; refused before the start; saved after SIGTERM."""
+FAILED, REFUSED, STOPPED = 1, 2, 128
+"""Exit codes: stopped by bad data, a loss that is no number or a full disk; refused before the start; saved after a
+signal, whose number is added."""
 
 COLUMNS = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
 
 MAY_CHANGE = {
-    *("output", "resume", "workers", "save_every", "log_every", "device", "kernels"),
+    *("data", "output", "resume", "workers", "save_every", "log_every", "device", "kernels"),
     *("compile", "checkpoint_activations", "fsdp", "accumulate"),
 }
-"""Options that a resumed run may be given anew: they change no more than rounding."""
+"""Options that a resumed run may be given anew: they change no more than rounding and which branches are dropped."""
 
 
 class Trainer:
@@ -45,7 +46,7 @@ class Trainer:
 
     def __init__(self, options: Namespace, world: Processes) -> None:
         self.options, self.world = options, world
-        self.exit_code, self.told_to_stop = 0, False
+        self.exit_code, self.signal = 0, 0
         self.bar = Progress(*COLUMNS, disable=not world.is_first)
         self.output, self.last = Path(options.output), Path(options.output, "last.pt")
         if self.last.exists() and not options.resume:
@@ -59,9 +60,12 @@ class Trainer:
         model = build_model(options, len(training.classes))
         state = checkpoint.read(self.last, self._identity()) if self.last.exists() else None
         if state is None and options.init:
-            self._say(f"{options.init}: {initialise(model, options.init)}")
+            self._say(f"{options.init}: {initialise(model, options.init, options.head_scale)}")
+        self.step = self.saved = state["step"] if state else 0
+        self.best = -1.0
+        if self.world.highest(self.step) != self.step:
+            raise ValueError(f"--output: other processes see another {self.last}; accepted: a folder that all share")
         self.learner = Learner(model, options, world, round(options.warmup * self.per_epoch), self.total)
-        self.step, self.best = 0, 0.0
         if state is not None:
             self._take_up(state)
         self._open_logs()
@@ -73,7 +77,6 @@ class Trainer:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.learner.load(state)
-        self.step = state["step"]
         best = self.output / "best.pt"
         if best.exists():
             self.best = checkpoint.read_checkpoint(best)["accuracy"]
@@ -82,6 +85,7 @@ class Trainer:
     def _open_logs(self) -> None:
         if self.world.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
+            self.lock = claim(self.output)
         folder = self.output if self.world.is_first else None
         self.steps_log = CsvLog(
             folder and folder / "steps.csv", ("step", "epoch", "lr", "loss", "gradient_norm"), self.step + 1
@@ -108,25 +112,27 @@ class Trainer:
         )
         self.validation = data.loader(
             data.ValidationImages(validation, data.central(resolutions[-1], options.crop), world.rank, world.size),
-            batch_size=options.batch_size // world.size,
+            batch_size=-(-options.batch_size // (world.size * options.accumulate)),
             **shared,
         )
 
     def run(self) -> int:
         """Trains to the end, or to the first reason to stop; returns the exit code."""
-        previous = signal.signal(signal.SIGTERM, self._terminate)
+        previous = {number: signal.signal(number, self._note_signal) for number in data.STOPPING}
         with self.bar:
             self.task = self.bar.add_task("steps", total=self.total, completed=self.step, figures="")
             try:
                 self._epochs()
             finally:
-                signal.signal(signal.SIGTERM, previous)
-        if self.exit_code == TERMINATED:
-            self._say(f"stopped by SIGTERM after step {self.step}; --resume --output {self.output} goes on from there")
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+        if self.exit_code > STOPPED:
+            name = signal.Signals(self.exit_code - STOPPED).name
+            self._say(f"stopped by {name} after step {self.step}; --resume --output {self.output} goes on from there")
         return self.exit_code
 
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self.told_to_stop = True
+    def _note_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
 
     def _epochs(self) -> None:
         if self.step and self.step % self.per_epoch == 0:
@@ -144,7 +150,7 @@ class Trainer:
                 images, since = 0, time.perf_counter()
             if self.exit_code:
                 return
-        if self.exit_code and self.step:
+        if self.exit_code and self.step > self.saved:
             self._save()
 
     def _batches(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,7 +159,7 @@ class Trainer:
             unreadable = isinstance(batch, data.Unreadable)
             if unreadable:
                 print(f"train.py: {batch.message}", file=sys.stderr)
-            reason = TERMINATED if self.told_to_stop else FAILED if unreadable else 0
+            reason = STOPPED + self.signal if self.signal else FAILED if unreadable else 0
             self.exit_code = self.world.highest(reason)
             if self.exit_code:
                 return
@@ -166,39 +172,49 @@ class Trainer:
         options, learner = self.options, self.learner
         torch.manual_seed(seed_of(options.seed, self.step, self.world.rank, 0))
         lr = learner.scheduler.get_last_lr()[-1]
-        loss, norm = learner.step(*self.mixing(images, labels))
+        self.loss, self.norm = learner.step(*self.mixing(images, labels))
         self.step += 1
         if self.step % options.log_every == 0 or self.step % self.per_epoch == 0:
-            self._log(lr, loss, norm)
+            self._log(lr)
         self.bar.update(self.task, completed=self.step)
         return len(images)
 
-    def _log(self, lr: float, loss: Tensor, norm: Tensor) -> None:
-        mean = float(self.world.sum(loss.double())) / self.world.size
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"the loss is {mean} at step {self.step}; {self.last} is as it was last saved")
+    def _figures(self) -> tuple[float, float]:
+        """Loss and norm of the gradients of the step before, of all processes; waits for the GPU.
+
+        Raises:
+            FloatingPointError: one of them is no number, and it is not that the scaler skipped the step.
+        """
+        loss = float(self.world.sum(self.loss.double())) / self.world.size
+        norm = float(self.norm.full_tensor() if isinstance(self.norm, DTensor) else self.norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.learner.scaler.is_enabled()):
+            raise FloatingPointError(
+                f"the loss is {loss}, the norm of its gradients {norm} at step {self.step}; "
+                f"{self.last} is as it was last saved"
+            )
+        return loss, norm
+
+    def _log(self, lr: float) -> None:
+        loss, norm = self._figures()
         epoch = (self.step - 1) // self.per_epoch
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.steps_log.add(step=self.step, epoch=epoch, lr=lr, loss=mean, gradient_norm=float(norm))
-        self.bar.update(self.task, figures=f"loss {mean:.3f}, lr {lr:.1e}")
+        self.steps_log.add(step=self.step, epoch=epoch, lr=lr, loss=loss, gradient_norm=norm)
+        self.bar.update(self.task, figures=f"loss {loss:.3f}, lr {lr:.1e}")
 
     def _save(self) -> None:
+        self._figures()  # weights that are no numbers must not replace those before
         state = self.learner.state() | {"step": self.step, "options": self._identity()}
         if self.world.is_first:
             checkpoint.write(self.last, state)
+        self.saved = self.step
 
     def _evaluate(self, speed: float) -> None:
         """Figures of the model and of its moving average after an epoch; the better of all is kept in best.pt."""
         learner = self.learner
-        models: dict[str, nn.Module] = {"": learner.model}
-        if learner.ema is not None:
-            models["ema_"] = learner.ema.module
-        figures: dict[str, float] = {}
-        for prefix, model in models.items():
-            loss, accuracy = learner.evaluate(model, self._batches(self.validation))
-            if self.exit_code:
-                return
-            figures |= {f"{prefix}loss": loss, f"{prefix}accuracy": accuracy}
+        figures = learner.evaluate(self._batches(self.validation))
+        if self.exit_code:
+            return
+        for prefix, model in learner.evaluated.items():
+            accuracy = figures[f"{prefix}accuracy"]
             if accuracy > self.best:
                 self.best = accuracy
                 weights = {"model": checkpoint.weights_of(model), "accuracy": accuracy, "step": self.step}
@@ -207,9 +223,10 @@ class Trainer:
         epoch = self.step // self.per_epoch
         self.epochs_log.add(step=self.step, epoch=epoch - 1, **figures, images_per_second=round(speed, 1))
         average = f", {figures['ema_accuracy']:.2%} of the average" if learner.ema is not None else ""
+        pace = "" if math.isnan(speed) else f"; {speed:.0f} images/s"
         self._say(
             f"epoch {epoch} of {self.options.epochs}: validation loss {figures['loss']:.4f}, "
-            f"accuracy {figures['accuracy']:.2%}{average}; {speed:.0f} images/s"
+            f"accuracy {figures['accuracy']:.2%}{average}{pace}"
         )
 
     def _say(self, message: str) -> None:

@@ -49,13 +49,19 @@ def join(device: str) -> Processes:
 
     Args:
         device: "cpu", "cuda" or "auto": a GPU where there is one.
+
+    Raises:
+        ValueError: there is no GPU for this process.
     """
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda; accepted: cpu, for PyTorch sees no GPU")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    own = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    own = torch.device(kind)
     if kind == "cuda":
+        own = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+        if own.index >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"--nproc-per-node: got more than {gpus}; accepted: at most one process for each GPU")
         torch.cuda.set_device(own)
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")

@@ -15,7 +15,8 @@ import torch
 
 def seed_of(*key: int) -> int:
     """A seed of 32 bits for a place, such as (seed, epoch, index); other places get unrelated ones."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+    # Without the length, zeros at a key's end would count for nothing.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1)[0])
 
 
 @contextmanager

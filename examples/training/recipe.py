@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from convnext_kernels.checkpoints import load_checkpoint, read_checkpoint, to_official
@@ -71,9 +71,10 @@ def schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that follows it: after a step, `decay` of what it was and the rest of the model's weights."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """A step of the moving average: `decay` of what it was and the rest of the model's weights."""
+    # `AveragedModel` would copy its count of steps to the GPU, and wait for it, in every step.
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), None)
 
 
 def freeze(model: ReferenceConvNeXt, stages: int) -> None:
@@ -89,13 +90,17 @@ def freeze(model: ReferenceConvNeXt, stages: int) -> None:
         parameter.requires_grad_(place is None or int(place[1]) >= stages)
 
 
-def initialise(model: ReferenceConvNeXt, path: str) -> str:
+@torch.no_grad()
+def initialise(model: ReferenceConvNeXt, path: str, head_scale: float) -> str:
     """Loads weights to start from, in any format that `load_checkpoint` reads; a classifier of other classes than the
-    model's is left out. Returns what was done."""
+    model's is left out, and the model's own scaled. Returns what was done."""
     _, parameters = to_official(read_checkpoint(path))
     head = parameters.get("head.bias")
     is_other_head = head is None or len(head) != model.num_classes
-    return str(load_checkpoint(model, parameters, ignore_head=is_other_head))
+    report = load_checkpoint(model, parameters, ignore_head=is_other_head)
+    if is_other_head:
+        model.head.weight *= head_scale
+    return str(report)
 
 
 def recompute_blocks(model: nn.Module) -> None:

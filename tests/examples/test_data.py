@@ -1,5 +1,8 @@
 """The images of examples/train.py: their order, their augmentation, and what cannot be read."""
 
+from itertools import product
+from shutil import rmtree
+
 import pytest
 import torch
 from PIL import Image
@@ -58,14 +61,33 @@ def test_a_key_gives_the_same_pixels_whatever_was_drawn_before():
     assert not torch.equal(first, data.TrainingImages(data.Digits(train=True), AUGMENTATION, [16], seed=2)[0, 5][0])
 
 
+def test_a_quarter_of_the_images_is_spared_by_rand_augment():
+    """Two operations, each with probability 1/2; now and then one that was drawn changes nothing."""
+    image = data.Digits(train=True)[5][0]
+    plain, augmented = (data.Augmentation((0.5, 1.0), 0.0, magnitude, 0.0).transform(16) for magnitude in (0, 9))
+    spared = 0
+    for index in range(300):
+        with seeded(index):
+            expected = plain(image)
+        with seeded(index):
+            spared += torch.equal(augmented(image), expected)
+    assert 0.25 <= spared / 300 < 0.45
+
+
+def test_erased_pixels_are_noise():
+    erased = data.Augmentation((1.0, 1.0), 0.0, 0, 1.0).transform(64)(Image.new("RGB", (64, 64)))
+    assert erased.amax() > 0 and len(erased.unique()) > 100
+
+
 def test_the_resolution_changes_with_the_epoch():
     images = data.TrainingImages(data.Digits(train=True), AUGMENTATION, [16, 24], seed=1)
     assert [images[epoch, 0][0].shape for epoch in (0, 1)] == [(3, 16, 16), (3, 24, 24)]
 
 
 def test_seeds_of_places_differ_and_last():
-    assert len({seed_of(a, b, c) for a in range(3) for b in range(3) for c in range(3)}) == 27
-    assert seed_of(0, 1, 2) == 3884055042
+    keys = [key for length in (1, 2, 3) for key in product(range(3), repeat=length)]
+    assert len({seed_of(*key) for key in keys}) == len(keys) == 39
+    assert seed_of(0, 1, 2) == 4256299752
     with seeded(0, 1, 2):
         inside = torch.rand(2)
     torch.manual_seed(seed_of(0, 1, 2))
@@ -104,6 +126,13 @@ def test_an_empty_class_is_refused(folder):
 def test_other_classes_for_validation_are_refused(folder):
     (folder / "val" / "dog").rename(folder / "val" / "bird")
     with pytest.raises(ValueError, match="not the same classes: bird, dog"):
+        data.open_data(str(folder))
+
+
+def test_one_class_is_refused(folder):
+    for part in ("train", "val"):
+        rmtree(folder / part / "dog")
+    with pytest.raises(ValueError, match="--data: got one class, cat, in"):
         data.open_data(str(folder))
 
 

@@ -80,6 +80,7 @@ def test_padding_counts_for_nothing_in_the_evaluation():
     world = Processes(0, 1, torch.device("cpu"))
     images, labels = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, PADDING, 4, PADDING])
     trained = learner(world)
-    figures = [trained.evaluate(trained.model, [(images[kept], labels[kept])]) for kept in (labels >= -1, labels >= 0)]
+    figures = [trained.evaluate([(images[kept], labels[kept])]) for kept in (labels >= -1, labels >= 0)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+    assert figures[0].keys() == {"loss", "accuracy", "ema_loss", "ema_accuracy"}
     assert trained.model.training

@@ -93,14 +93,12 @@ def test_frozen_stages_get_no_gradient_and_are_in_no_group():
 
 def test_the_average_follows_the_weights():
     model = make_model()
-    ema = recipe.moving_average(model, 0.9)
+    average = copy.deepcopy(model)
     start = copy.deepcopy(model.state_dict())
-    ema.update_parameters(model)
     randomise(model)
-    ema.update_parameters(model)
-    for name, value in ema.module.state_dict().items():
+    recipe.follow(average, model, 0.9)
+    for name, value in average.state_dict().items():
         torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * model.state_dict()[name])
-    assert not any(parameter.requires_grad for parameter in ema.parameters())
 
 
 @pytest.mark.parametrize(("classes", "head"), [(3, True), (5, False), (0, False)], ids=["same", "other", "none"])
@@ -110,15 +108,15 @@ def test_weights_to_start_from(tmp_path, classes, head):
     torch.save({"model": source.state_dict()}, tmp_path / "official.pth")
     model = make_model()
     before = model.head.weight.detach().clone()
-    assert "official checkpoint" in recipe.initialise(model, str(tmp_path / "official.pth"))
+    assert "official checkpoint" in recipe.initialise(model, str(tmp_path / "official.pth"), 0.5)
     assert torch.equal(model.stages[2][1].gamma, source.stages[2][1].gamma)
-    assert torch.equal(model.head.weight, source.head.weight if head else before)
+    assert torch.equal(model.head.weight, source.head.weight if head else 0.5 * before)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
     torch.save({"model": make_model(depths=(1, 1, 1, 1)).state_dict()}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"do not fit the model; missing: stages\.2\.1"):
-        recipe.initialise(make_model(), str(tmp_path / "other.pth"))
+        recipe.initialise(make_model(), str(tmp_path / "other.pth"), 1.0)
 
 
 def test_blocks_that_run_again_save_less_and_give_the_same_gradients():
