@@ -63,6 +63,10 @@ def _on_a_cpu(name: str, does: str, minutes: float, *arguments: str) -> Part:
 
 PARTS = (
     Part("library", "finds the compiled library or builds it", "benchmarks.library", 1.0, limits_itself=False),
+    Part(
+        *("kernels", "compiles the Triton kernels of blocks, on all cores", "benchmarks.kernels", 0.5),
+        limits_itself=False,
+    ),
     Part("parity", "the operators' tests that are marked gpu, in random order", "benchmarks.gpu_tests", 0.75),
     Part("ceilings", "a large copy, large products in bfloat16 and float16", "benchmarks.ceilings", 0.25),
     Part(
@@ -76,7 +80,7 @@ PARTS = (
         operators=lambda case: frozenset({"mlp"}),
     ),
     Part(
-        *("blocks", "a block of every width beside eager", "benchmarks.block", 0.75),
+        *("blocks", "a block of every width beside eager", "benchmarks.block", 0.5),
         arguments=("--rounds", "6", "--mode", "forward,backward", "--no-compile", "--channels", *WIDTHS),
         operators=lambda case: BLOCK,
     ),
@@ -85,7 +89,7 @@ PARTS = (
         operators=_of_model,
     ),
     Part(
-        *("compiled", "whole models beside torch.compile, default and max-autotune", "benchmarks.models", 1.75),
+        *("compiled", "whole models beside torch.compile, default and max-autotune", "benchmarks.models", 1.5),
         arguments=("--compile",),
         operators=_of_model,
     ),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import product
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from benchmarks import gpu_tests, library, parts, record, reporting, suite
+from benchmarks import gpu_tests, kernels, library, parts, record, reporting, suite
 from benchmarks.parts import PARTS, Part, _on_a_cpu
 from benchmarks.readme import ROOT
 from benchmarks.suite import main
@@ -89,7 +90,9 @@ def test_without_a_gpu_the_cpu_part_runs(tmp_path, capfd, monkeypatch):
     assert path.with_suffix("").joinpath("speedups.png").is_file()
     printed = capfd.readouterr().out
     assert "cpu_models: a tiny model (at most 8.0 minutes)" in printed
-    left_out = "left out: library, parity, ceilings, depthwise, mlp, blocks, models, compiled (needs an NVIDIA GPU"
+    left_out = (
+        "left out: library, kernels, parity, ceilings, depthwise, mlp, blocks, models, compiled (needs an NVIDIA GPU"
+    )
     assert left_out in printed and printed.index(left_out) < printed.index("complete: 2 results")
 
 
@@ -265,6 +268,23 @@ def test_a_missing_library_is_built(code, tmp_path, monkeypatch):
     assert found["reason"] == (f"building it failed: setup.py ended with {code}" if code else None)
 
 
+def test_kernels_of_every_block_are_compiled(monkeypatch):
+    """One that cannot be is named, the others go on."""
+
+    def compile_case(case, target):
+        if case.channels == 192:
+            raise RuntimeError("ptxas failed")
+        return 3
+
+    monkeypatch.setattr(kernels, "compile_case", compile_case)
+    with ThreadPoolExecutor(1) as pool:
+        failures = kernels.compile_all(90, pool)
+    assert set(failures.values()) == {"RuntimeError: ptxas failed"} and len(failures) == 4
+    cases = kernels.cases()
+    assert {case.channels for case in cases} == set(map(int, parts.WIDTHS)) and len(cases) == 10 * 2 * 2
+    assert all(case.tokens % 16 == case.batch % 16 == 0 for case in cases)
+
+
 def test_operators_of_a_case():
     by_name = {part.name: part.operators for part in PARTS}
     assert by_name["depthwise"]({"mode": "filter_gradient"}) == {"depthwise_conv2d"}
@@ -305,7 +325,7 @@ def test_what_failed_is_recorded_until_time_is_up(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--only", "modles"], "--only: got 'modles'; accepted: library, parity, "),
+        (["--only", "modles"], "--only: got 'modles'; accepted: library, kernels, parity, "),
         (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
         (["--json", "/dev/null/record.json"], "File exists: '/dev/null'"),
     ],
