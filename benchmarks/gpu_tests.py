@@ -1,6 +1,7 @@
 """Runs the operators' tests that are marked `gpu`, for a limited time, and says which operators failed.
 
-The tests come in a fixed random order, so that every operator has its share of those that there is time for.
+What tells most of an operator comes first; among equals the order is random and fixed, so that every operator has its
+share of what there is time for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from convnext_kernels.cli.errors import CommandError, writable
 from convnext_kernels.cli.output import save_json
 from convnext_kernels.functional import OPERATORS
 
-MOST_PROCESSES = 8
+MOST_PROCESSES = 16
+"""Most of a test's time is that of a processor: compiling kernels and drawing arguments."""
+
+LATER = ("test_every_published_width_on_a_gpu", "test_offsets_past_32_bits")
+"""The same kernels at more widths; what takes most of the GPU's memory, so that one process waits for another."""
+
 FILES = {f"test_{function.__module__.split('.')[-1]}.py": name for name, function in OPERATORS.items()}
 
 
@@ -37,6 +43,8 @@ def operator_of(nodeid: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The same order in every process."""
     random.Random(0).shuffle(items)
+    later = {name: place for place, name in enumerate(LATER, start=1)}
+    items.sort(key=lambda item: later.get(item.name.partition("[")[0], 0))
 
 
 @dataclass
@@ -85,8 +93,9 @@ def run(path: Path | None, minutes: float, tests: list[str]) -> Recorder:
     """Runs those tests that are marked `gpu`."""
     recorder = Recorder(path, time.monotonic() + 60 * minutes)
     processes = str(min(MOST_PROCESSES, os.cpu_count() or 1))
-    options = ["-q", "-m", "gpu", "--no-header", "-p", "benchmarks.gpu_tests", "-n", processes, f"--rootdir={ROOT}"]
-    code = pytest.main([*options, *tests], plugins=[recorder])
+    options = ["-q", "-m", "gpu", "--no-header", "-p", "benchmarks.gpu_tests", f"--rootdir={ROOT}"]
+    in_order = ["-n", processes, "--dist", "load", "--maxschedchunk", "1"]  # others give each process a part of it
+    code = pytest.main([*options, *in_order, *tests], plugins=[recorder])
     if not recorder.tests:
         recorder.unmeasured["tests"] = f"none ran, pytest ended with {int(code)}"
         recorder.save()

@@ -67,7 +67,7 @@ PARTS = (
         *("kernels", "compiles the Triton kernels of blocks, on all cores", "benchmarks.kernels", 0.5),
         limits_itself=False,
     ),
-    Part("parity", "the operators' tests that are marked gpu, in random order", "benchmarks.gpu_tests", 0.75),
+    Part("parity", "the operators' tests that are marked gpu, what tells most first", "benchmarks.gpu_tests", 0.75),
     Part("ceilings", "a large copy, large products in bfloat16 and float16", "benchmarks.ceilings", 0.25),
     Part(
         *("depthwise", "depthwise convolution and LayerNorm beside a copy and PyTorch", "benchmarks.depthwise", 0.75),

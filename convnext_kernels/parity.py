@@ -20,6 +20,7 @@ from torch import Tensor
 
 from convnext_kernels.functional import OPERATORS as FUNCTIONS
 from convnext_kernels.functional import explain
+from convnext_kernels.ops.common.launch import float32_precision
 
 OPERATORS = tuple(FUNCTIONS)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -277,7 +278,9 @@ def compare(
     tensors = case.draw(dtype, device, seed)
     definition, function = DEFINITIONS[case.operator], FUNCTIONS[case.operator]
     exact = _results(definition, case, tensors, torch.float64)
-    theirs = _results(definition, case, tensors, dtype)
+    # PyTorch's convolutions round float32 to TF32 unless told not to, its products only where told to, as ours do.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=float32_precision() == "tf32"):
+        theirs = _results(definition, case, tensors, dtype)
     with poisoned_memory():
         ours = _results(lambda **arguments: function(**arguments, backend=backend), case, tensors, dtype)
     comparisons = []

@@ -1,8 +1,12 @@
 """What the tests share: random values, errors, calls with every gradient, and a record of the operators that ran."""
 
+import fcntl
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pytest
@@ -146,6 +150,18 @@ def evaluate(
     return {"output": output.detach(), **{f"grad {n}": g for n, g in zip(leaves, gradients, strict=True)}}
 
 
+@contextmanager
+def all_gpu_memory() -> Iterator[None]:
+    """Within the context no other process of the tests is in it; afterwards what it took is free for them."""
+    with open(Path(gettempdir()) / "convnext_kernels_gpu_memory", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
+@all_gpu_memory()
 def assert_far_images_are_right(
     function: Callable[..., Tensor], shape: tuple[int, ...], parameters: Mapping[str, tuple[int, ...]], tensors: int
 ) -> None:

@@ -180,6 +180,24 @@ def test_what_cannot_run_is_told():
     assert parity.unsupported(case, torch.float64, "cpu", "triton")
 
 
+@pytest.mark.parametrize(("setting", "tf32"), [("highest", False), ("high", True)])
+def test_pytorchs_convolutions_are_as_precise_as_its_products(monkeypatch, setting, tf32):
+    """Its own error, which is the measure of ours, would be that of TF32 beside kernels that compute in float32."""
+    seen, definition = [], parity.DEFINITIONS["depthwise_conv2d"]
+
+    def noting(**arguments):
+        seen.append((arguments["input"].dtype, torch.backends.cudnn.allow_tf32))
+        return definition(**arguments)
+
+    monkeypatch.setitem(parity.DEFINITIONS, "depthwise_conv2d", noting)
+    torch.set_float32_matmul_precision(setting)
+    try:
+        parity.compare(FILTER, torch.float32, "cpu", "reference")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (torch.float32, tf32) in seen and torch.backends.cudnn.allow_tf32
+
+
 def test_memory_is_poisoned_only_within_the_context():
     before = torch.are_deterministic_algorithms_enabled()
     with parity.poisoned_memory():

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,6 +306,15 @@ def test_operators_of_a_case():
 )
 def test_the_operator_of_a_test(nodeid, operator):
     assert gpu_tests.operator_of(nodeid) == operator
+
+
+def test_what_tells_most_comes_first():
+    names = ["test_offsets_past_32_bits[cuda]", "test_every_published_width_on_a_gpu[40]", "test_cuda_graph[triton]"]
+    items = [SimpleNamespace(name=name) for name in (*names, *(f"test_gpu_parity[{i}]" for i in range(9)))]
+    gpu_tests.pytest_collection_modifyitems(items)
+    order = [item.name for item in items]
+    assert order[-2:] == [names[1], names[0]] and names[2] in order[:-2]
+    assert order[:-2] != sorted(order[:-2])
 
 
 def test_what_failed_is_recorded_until_time_is_up(tmp_path):

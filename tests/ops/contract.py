@@ -1,6 +1,6 @@
 """What every operator must keep, written once: a test class for each names its examples and inherits these tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import Any, ClassVar
@@ -114,33 +114,34 @@ class Contract:
         return OPERATORS[self.operator]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        examples = self.example_cases()
-        calls, backends = self.calls(), [backend for backend in BACKENDS if self.takes(backend, examples[0])]
-        values: dict[str, list[Any]] = {
-            "example": examples,
-            "small_case": parity.cases(self.operator, small=True),
-            "kernel_call": self.small_calls(),
+        examples, on_a_gpu = self.example_cases(), metafunc.definition.get_closest_marker("gpu")
+        takes = partial(self.takes, case=examples[0])
+        # Called for the tests that want them: asking the kernels about every call takes seconds.
+        values: dict[str, Callable[[], Iterable[Any]]] = {
+            "example": lambda: examples,
+            "small_case": lambda: parity.cases(self.operator, small=True),
+            "kernel_call": self.small_calls,
             # Strides are the same matter whatever other arguments are given.
-            "laid_out": [
+            "laid_out": lambda: [
                 *product((examples[0], examples[-1]), parity.LAYOUTS),
                 *((example, "channels_last") for example in examples[1:-1]),
             ],
-            "any_call": self.parity_calls(small=False),
-            "parameter": [name for name in examples[0].shapes if name not in ACTIVATIONS],
-            "value": self.special_values,
-            "layout": parity.LAYOUTS,
-            "backend": backends,
-            "kernels": ("triton", "cuda") if metafunc.definition.get_closest_marker("gpu") else backends[1:],
-            "dtype": DTYPES,
+            "any_call": lambda: self.parity_calls(small=False),
+            "parameter": lambda: [name for name in examples[0].shapes if name not in ACTIVATIONS],
+            "value": lambda: self.special_values,
+            "layout": lambda: parity.LAYOUTS,
+            "backend": lambda: [*filter(takes, BACKENDS)],
+            "kernels": lambda: ("triton", "cuda") if on_a_gpu else [*filter(takes, BACKENDS[1:])],
+            "dtype": lambda: DTYPES,
         }
         joint = [name for name in ("backend", "example", "dtype") if name in metafunc.fixturenames]
         if {"backend", "example"} <= set(joint):
             # Without a dtype of its own a test is for one dtype.
-            calls = [call[: len(joint)] for call in calls if "dtype" in joint or call[2] == torch.float32]
+            calls = [call[: len(joint)] for call in self.calls() if "dtype" in joint or call[2] == torch.float32]
             metafunc.parametrize(joint, calls, ids=name_of)
             values = {name: value for name, value in values.items() if name not in joint}
         for name in [name for name in metafunc.fixturenames if name in values]:
-            metafunc.parametrize(name, values[name], ids=name_of)
+            metafunc.parametrize(name, values[name](), ids=name_of)
 
     def takes(self, backend: str, case: parity.Case, dtype: torch.dtype = torch.float32) -> bool:
         """Whether a backend runs a case; the reference and Triton at least in the examples."""

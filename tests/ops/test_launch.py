@@ -10,9 +10,7 @@ from convnext_kernels.ops.common.launch import float32_precision
 def matmul():
     """PyTorch's settings of CUDA's matrix products, put back afterwards."""
     yield torch.backends.cuda.matmul
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # the one setting that puts back all the others
 
 
 def test_precision_by_the_old_names(matmul):

@@ -18,14 +18,12 @@ INTERPRETED = {
 
 @pytest.fixture(autouse=True)
 def tf32() -> Iterator[None]:
-    """PyTorch's products and convolutions in TF32 as well, where they run on a GPU."""
-    before, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """PyTorch's products in TF32 as well, where they run on a GPU; `parity` then compares with such convolutions."""
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
     assert float32_precision() == "tf32"
     yield
     torch.set_float32_matmul_precision(before)
-    torch.backends.cudnn.allow_tf32 = cudnn
 
 
 @pytest.mark.parametrize(
