@@ -1,8 +1,10 @@
 """Writes the figures of README.md from the stored results: `python -m benchmarks.readme`.
 
 Between `<!-- results: FILE -->` and `<!-- end of results -->` stands the table of benchmarks/results/FILE, a JSON
-written by `convnext-kernels bench --json` or a record of `python -m benchmarks`; between `<!-- predicted: FILE -->` and
-`<!-- end of predicted -->` what `benchmarks.predicted` makes of one by `benchmarks.static_report`.
+written by `convnext-kernels bench --json`, or of the whole models in a record of `python -m benchmarks`; between
+`<!-- operators: FILE -->` and `<!-- end of operators -->` that of a record's operators and blocks; between
+`<!-- predicted: FILE -->` and `<!-- end of predicted -->` what `benchmarks.predicted` makes of a report by
+`benchmarks.static_report`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from convnext_kernels.cli.tasks import OURS
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+OPERATOR_PARTS = ("depthwise", "mlp", "blocks")
 SECTION = re.compile(
-    r"(?P<start><!-- (?P<kind>results|predicted): (?P<file>\S+) -->\n).*?(?P<end><!-- end of (?P=kind) -->)", re.DOTALL
+    r"(?P<start><!-- (?P<kind>results|operators|predicted): (?P<file>\S+) -->\n).*?(?P<end><!-- end of (?P=kind) -->)",
+    re.DOTALL,
 )
 
 
@@ -73,10 +77,32 @@ def _record_table(content: dict[str, Any]) -> str:
     return "\n".join([f"{record.machine(content)}:", "", *head, *_record_rows(content)])
 
 
+def _operator_rows(content: dict[str, Any]) -> Iterator[str]:
+    """The fastest of ours in every case of an operator or a block, with its figures."""
+    cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for part, row in record.rows(content):
+        if part in OPERATOR_PARTS and row.get("milliseconds") is not None and record.is_ours(row["contender"]):
+            cases.setdefault((part, record.label(row["case"])), []).append(row)
+    for (part, label), ours in cases.items():
+        row = min(ours, key=lambda row: row["milliseconds"])
+        values = {name: figure["value"] for name, figure in row["figures"].items()}
+        figures = row.get("refused") or ", ".join(f"{name} {value:.2f}" for name, value in values.items() if value)
+        time = "" if "refused" in row else f"{row['milliseconds']:.4g}"
+        yield f"| {part}: {label} | {row['contender']} | {time} | {figures} |"
+
+
+def _operator_table(content: dict[str, Any]) -> str:
+    """The operators of a record, and where and when they were measured."""
+    head = ["| operator | fastest of ours | ms | |", "| --- | --- | --: | --- |"]
+    return "\n".join([f"{record.machine(content)}:", "", *head, *_operator_rows(content)])
+
+
 def table(kind: str, path: Path) -> str:
     """The Markdown table of a stored result."""
     if kind == "predicted":
         return predicted.table(path)
+    if kind == "operators":
+        return _operator_table(record.load(path))
     content = json.loads(path.read_text(encoding="utf-8"))
     return _record_table(record.load(path)) if content.get("kind") == record.KIND else _bench_table(content)
 

@@ -44,6 +44,26 @@ def test_a_record_has_a_table_of_whole_models(tmp_path):
     ]
 
 
+def test_a_record_has_a_table_of_operators(tmp_path):
+    """The fastest of ours in each case, without a time where it was refused."""
+    case = {"mode": "forward", "dtype": "bfloat16", "channels": 96}
+    row = {"case": case, "contender": "cuda", "milliseconds": 2.0, "quartiles": [1.9, 2.1], "failure": None}
+    row["figures"] = {"of copy": {"value": 0.8}, "speedup over PyTorch": {"value": 3.0}}
+    slower = row | {"contender": "triton", "milliseconds": 3.0}
+    refused = row | {"figures": {"of copy": {"value": None}}, "refused": "parity failed"}
+    parts = {"depthwise": [slower, row, row | {"contender": "copy", "milliseconds": 1.0}], "mlp": [refused]}
+    content = {"kind": record.KIND, "format": record.FORMAT, "device": "GPU", "driver": "580", "date": "2026-01-02"}
+    path = tmp_path / "record.json"
+    parts = {name: {"state": "done", "results": results} for name, results in parts.items()}
+    path.write_text(json.dumps(content | {"parts": parts}))
+    assert readme.table("operators", path).splitlines()[2:] == [
+        "| operator | fastest of ours | ms | |",
+        "| --- | --- | --: | --- |",
+        "| depthwise: forward, bfloat16, channels 96 | cuda | 2 | of copy 0.80, speedup over PyTorch 3.00 |",
+        "| mlp: forward, bfloat16, channels 96 | cuda |  | parity failed |",
+    ]
+
+
 def test_two_commands_of_one_line_each():
     section = TEXT.split("## Two commands")[1].split("\n## ")[0]
     blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
