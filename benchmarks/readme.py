@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import predicted, record
+from convnext_kernels.cli.errors import CommandError
 from convnext_kernels.cli.tasks import OURS
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +25,8 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 OPERATOR_PARTS = ("depthwise", "mlp", "blocks")
 SECTION = re.compile(
-    r"(?P<start><!-- (?P<kind>results|operators|predicted): (?P<file>\S+) -->\n).*?(?P<end><!-- end of (?P=kind) -->)",
+    r"(?P<start><!-- (?P<kind>results|operators|predicted): (?P<file>\S+) -->\n).*?"
+    r"(?P<end><!-- end of (?P=kind) -->)",
     re.DOTALL,
 )
 
@@ -116,5 +119,16 @@ def filled(text: str) -> str:
     return SECTION.sub(section, text)
 
 
+def main() -> int:
+    """Returns 0; 2, and README.md stays as it is, where a result is missing or cannot be read."""
+    try:
+        text = filled(README.read_text())
+    except (CommandError, OSError, ValueError) as error:
+        print(f"readme: {error}", file=sys.stderr)
+        return 2
+    README.write_text(text)
+    return 0
+
+
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    sys.exit(main())

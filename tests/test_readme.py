@@ -44,6 +44,19 @@ def test_a_record_has_a_table_of_whole_models(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_result_that_is_missing_or_damaged_leaves_the_readme(content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "README.md"
+    path.write_text(text := "<!-- operators: gpu.json -->\nold\n<!-- end of operators -->\n")
+    if content is not None:
+        (tmp_path / "gpu.json").write_text(content)
+    monkeypatch.setattr(readme, "README", path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.main() == 2 and path.read_text() == text
+    error = capsys.readouterr().err
+    assert error.startswith("readme: ") and "gpu.json" in error and error.count("\n") == 1
+
+
 def test_a_record_has_a_table_of_operators(tmp_path):
     """The fastest of ours in each case, without a time where it was refused."""
     case = {"mode": "forward", "dtype": "bfloat16", "channels": 96}
