@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from convnext_kernels import backends
 from convnext_kernels.cli.compile_ahead import compiling
-from convnext_kernels.cli.errors import CommandError, names, writable
+from convnext_kernels.cli.errors import CommandError, command, names, writable
 from convnext_kernels.cli.output import console, write_json
 from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
 from convnext_kernels.functional import OPERATORS
@@ -368,6 +368,7 @@ def report(kernels: list[tuple[Kernel, float]], every: bool) -> int:
     return 1 if failed or not kernels else 0
 
 
+@command("ahead_of_time")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead_of_time", description=__doc__.split("\n\n")[0])
     parser.add_argument("--architecture", nargs="+", type=int, choices=SHARED_MEMORY, default=[80, 90], metavar="SM")
@@ -379,15 +380,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="a row for every kernel, not only the worst of each group")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every kernel, without the seconds")
     options = parser.parse_args(arguments)
-    try:
-        if backends.interpreting():
-            raise CommandError("TRITON_INTERPRET=1 is set: Triton's interpreter compiles nothing")
-        precisions = names("--dtype", options.dtype, PRECISIONS, tuple(PRECISIONS))
-        operators = names("--operator", options.operator, OPERATORS, tuple(OPERATORS))
-        path = writable("--json", options.json)
-    except CommandError as error:
-        print(f"ahead_of_time: {error}", file=sys.stderr)
-        return 2
+    if backends.interpreting():
+        raise CommandError("TRITON_INTERPRET=1 is set: Triton's interpreter compiles nothing")
+    precisions = names("--dtype", options.dtype, PRECISIONS, tuple(PRECISIONS))
+    operators = names("--operator", options.operator, OPERATORS, tuple(OPERATORS))
+    path = writable("--json", options.json)
     pairs = [(architecture, precision) for precision in precisions for architecture in options.architecture]
     jobs: list[tuple[Any, ...]] = [(compile_candidates, *pair) for pair in pairs]
     if not options.candidates:

@@ -25,7 +25,7 @@ from benchmarks.reporting import Figure, Row, Target, add_arguments, row_of, run
 from benchmarks.timing import Measured, Results, measure_calls, parity_failure, refusal
 from benchmarks.training_step import OURS, RECOMPUTE_HIDDEN, RECOMPUTING, SAVING, Step, measure_step, plan_step
 from convnext_kernels import ConvNeXtBlock, parity
-from convnext_kernels.cli.errors import CommandError, at_least, names
+from convnext_kernels.cli.errors import at_least, command, names
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
 from convnext_kernels.cli.tasks import COMPILED, EAGER, randomise
 from convnext_kernels.reference import ReferenceBlock
@@ -288,14 +288,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command("block")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 where ours is wrong; 2 where the arguments do not fit."""
     options = _parser().parse_args(arguments)
-    try:
-        return run_cases(options, choose_cases(options), measure, plan, partial(seconds, rounds=options.rounds))
-    except CommandError as error:
-        print(f"block: {error}", file=sys.stderr)
-        return 2
+    return run_cases(options, choose_cases(options), measure, plan, partial(seconds, rounds=options.rounds))
 
 
 if __name__ == "__main__":

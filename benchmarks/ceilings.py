@@ -15,7 +15,7 @@ import torch
 from benchmarks.mlp import COPY, COPY_BYTES, LARGE_PRODUCT, PRODUCT_SIZE, ceilings
 from benchmarks.reporting import Figure, Row, add_arguments, row_of, run_cases
 from benchmarks.timing import Measured, Tensors, measure_calls
-from convnext_kernels.cli.errors import CommandError, names
+from convnext_kernels.cli.errors import command, names
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS
 from convnext_kernels.parity import DTYPES
 
@@ -68,6 +68,7 @@ def plan(case: Case) -> list[Row]:
     return [Row(case.dtype, case.entries, name, [Figure(unit, None)]) for name, (unit, _) in UNITS.items()]
 
 
+@command("ceilings")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 2 where the arguments do not fit."""
     description = (__doc__ or "").split("\n\n")[0]
@@ -75,13 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", metavar="NAME", help=f"{', '.join(DTYPES)} (bfloat16 float16)")
     add_arguments(parser, ROUNDS, minutes=1)
     options = parser.parse_args(arguments)
-    try:
-        cases = [Case(dtype) for dtype in names("--dtype", options.dtype, DTYPES, ["bfloat16", "float16"])]
-        seconds = SETUP_SECONDS + options.rounds * len(UNITS) * SAMPLE_MILLISECONDS / 1e3
-        return run_cases(options, cases, measure, plan, lambda case: seconds)
-    except CommandError as error:
-        print(f"ceilings: {error}", file=sys.stderr)
-        return 2
+    cases = [Case(dtype) for dtype in names("--dtype", options.dtype, DTYPES, ["bfloat16", "float16"])]
+    seconds = SETUP_SECONDS + options.rounds * len(UNITS) * SAMPLE_MILLISECONDS / 1e3
+    return run_cases(options, cases, measure, plan, lambda case: seconds)
 
 
 if __name__ == "__main__":

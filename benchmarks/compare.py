@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.record import Record, is_ours, label, load, machine, rows
-from convnext_kernels.cli.errors import CommandError
+from convnext_kernels.cli.errors import command
 from convnext_kernels.cli.output import console
 
 FASTER, SLOWER, LOST, GAINED = "faster", "slower", "lost its time", "gained a time"
@@ -107,6 +107,7 @@ def show(before: Record, after: Record, changes: list[Change]) -> None:
     out.print(f"{counts[FASTER]} faster, {counts[SLOWER]} slower, {unchanged} within the spread")
 
 
+@command("compare")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 where ours got worse and `--strict` asks for it; 2 where a file cannot be read."""
     description = (__doc__ or "").split("\n\n")[0]
@@ -115,11 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("after", type=Path, metavar="B.json")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where ours got slower or lost its time")
     options = parser.parse_args(arguments)
-    try:
-        before, after = load(options.before), load(options.after)
-    except CommandError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
+    before, after = load(options.before), load(options.after)
     changes = list(compare(before, after))
     show(before, after, changes)
     return 1 if options.strict and any(change.is_regression for change in changes) else 0

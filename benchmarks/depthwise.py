@@ -34,7 +34,7 @@ from benchmarks.timing import (
     refusal,
 )
 from convnext_kernels import parity
-from convnext_kernels.cli.errors import CommandError, at_least, names, writable
+from convnext_kernels.cli.errors import CommandError, at_least, command, names, writable
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
 from convnext_kernels.cli.output import console
 
@@ -367,19 +367,16 @@ def seconds(rounds: int) -> float:
     return SETUP_SECONDS + rounds * (3 + len(OURS)) * SAMPLE_MILLISECONDS / 1e3
 
 
+@command("depthwise")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 where one of our backends is wrong; 2 where arguments or machine do not allow what was asked."""
     options = _parser().parse_args(arguments)
-    try:
-        batches = [at_least("--batch", batch, 1) for batch in options.batch or BATCHES[: 1 if options.quick else None]]
-        dtypes = names("--dtype", options.dtype, parity.DTYPES, ["bfloat16"])
-        only = names("--only", options.only, OPERATIONS, tuple(OPERATIONS))
-        path, device = writable("--json", options.json), find_gpu()
-        if device is None:
-            raise CommandError("needs an NVIDIA GPU that PyTorch can use; there is none")
-    except CommandError as error:
-        print(f"depthwise: {error}", file=sys.stderr)
-        return 2
+    batches = [at_least("--batch", batch, 1) for batch in options.batch or BATCHES[: 1 if options.quick else None]]
+    dtypes = names("--dtype", options.dtype, parity.DTYPES, ["bfloat16"])
+    only = names("--only", options.only, OPERATIONS, tuple(OPERATIONS))
+    path, device = writable("--json", options.json), find_gpu()
+    if device is None:
+        raise CommandError("needs an NVIDIA GPU that PyTorch can use; there is none")
     cases = [Case(name, *case) for *case, name in product(dtypes, batches, SHAPES, only)]
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     head = header(device, rounds=rounds)

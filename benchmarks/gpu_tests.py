@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import ROOT
-from convnext_kernels.cli.errors import CommandError, writable
+from convnext_kernels.cli.errors import command, writable
 from convnext_kernels.cli.output import save_json
 from convnext_kernels.functional import OPERATORS
 
@@ -102,6 +102,7 @@ def run(path: Path | None, minutes: float, tests: list[str]) -> Recorder:
     return recorder
 
 
+@command("gpu_tests")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 where a test failed; 2 where the arguments do not fit."""
     description = (__doc__ or "").split("\n\n")[0]
@@ -110,11 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=2, metavar="N", help="end the run then (%(default)g)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what passed and failed")
     options = parser.parse_args(arguments)
-    try:
-        path = writable("--json", options.json)
-    except CommandError as error:
-        print(f"gpu_tests: {error}", file=sys.stderr)
-        return 2
+    path = writable("--json", options.json)
     recorder = run(path, options.minutes, options.tests)
     return 1 if any(tests.failed for tests in recorder.tests.values()) else 0
 

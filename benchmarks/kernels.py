@@ -18,7 +18,7 @@ import torch
 from benchmarks.block import BACKWARD, DTYPES, FORWARD, SIZES, Case, run
 from benchmarks.timing import failure_of, find_gpu
 from convnext_kernels.cli.compile_ahead import compiling
-from convnext_kernels.cli.errors import CommandError, writable
+from convnext_kernels.cli.errors import command, writable
 from convnext_kernels.cli.output import write_json
 from convnext_kernels.ops.common.launch import architecture
 
@@ -55,17 +55,14 @@ def compile_all(target: int, pool: Executor) -> dict[str, str]:
     return failures
 
 
+@command("kernels")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 2 where the arguments do not fit."""
     description = (__doc__ or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what could not be compiled")
     options = parser.parse_args(arguments)
-    try:
-        path, device = writable("--json", options.json), find_gpu()
-    except CommandError as error:
-        print(f"kernels: {error}", file=sys.stderr)
-        return 2
+    path, device = writable("--json", options.json), find_gpu()
     failures: dict[str, str] = {}
     if device is None:
         print("there is no NVIDIA GPU that PyTorch can use, to compile for", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.machine_code import ROOT, find_nvcc
 from convnext_kernels.build import build_info
-from convnext_kernels.cli.errors import CommandError, writable
+from convnext_kernels.cli.errors import command, writable
 from convnext_kernels.cli.output import write_json
 
 
@@ -31,16 +31,13 @@ def build() -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
 
 
+@command("library")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 where the library is there or cannot be built for want of an nvcc, which is said; 1 where it fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.library", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     options = parser.parse_args(arguments)
-    try:
-        path = writable("--json", options.json)
-    except CommandError as error:
-        print(f"library: {error}", file=sys.stderr)
-        return 2
+    path = writable("--json", options.json)
     info, code = build_info(), 0
     if not info["compiled_library"] and find_nvcc() is not None:
         try:

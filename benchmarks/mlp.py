@@ -29,7 +29,7 @@ from benchmarks.timing import (
     refusal,
 )
 from convnext_kernels import functional, parity
-from convnext_kernels.cli.errors import CommandError, at_least, names
+from convnext_kernels.cli.errors import at_least, command, names
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
 from convnext_kernels.variants import VARIANTS
 
@@ -266,14 +266,11 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     return [*largest, *(backward if "backward" in modes else ()), *others]
 
 
+@command("mlp")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 where one of our backends is wrong; 2 where the arguments do not fit."""
     options = _parser().parse_args(arguments)
-    try:
-        return run_cases(options, choose_cases(options), measure_case, plan, partial(seconds, rounds=options.rounds))
-    except CommandError as error:
-        print(f"mlp: {error}", file=sys.stderr)
-        return 2
+    return run_cases(options, choose_cases(options), measure_case, plan, partial(seconds, rounds=options.rounds))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.reporting import Figure, Row, Target, add_arguments, row_of, run
 from benchmarks.timing import NOT_AVAILABLE, Measured, failure_of, measure_calls, refusal
 from benchmarks.training_step import PARITY_IMAGES
 from convnext_kernels import accelerate, graphed
-from convnext_kernels.cli.errors import CommandError, names
+from convnext_kernels.cli.errors import command, names
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, Work
 from convnext_kernels.cli.tasks import (
     COMPILED,
@@ -392,14 +392,11 @@ def choose_cases(options: argparse.Namespace) -> list[Case]:
     return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]
 
 
+@command("models")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 1 where ours is wrong; 2 where the arguments do not fit."""
     options = _parser().parse_args(arguments)
-    try:
-        return run_cases(options, choose_cases(options), measure_case, plan, partial(seconds, rounds=options.rounds))
-    except CommandError as error:
-        print(f"models: {error}", file=sys.stderr)
-        return 2
+    return run_cases(options, choose_cases(options), measure_case, plan, partial(seconds, rounds=options.rounds))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.pictures import PICTURES, draw
 from benchmarks.record import Record, is_ours, load
-from convnext_kernels.cli.errors import CommandError, writable
+from convnext_kernels.cli.errors import CommandError, command, writable
 
 DPI = 130
 STATE_CLASSES = {"done": "good", "left out": "quiet"}
@@ -216,6 +216,7 @@ def write(record: Record, path: Path, folder: Path | None = None) -> None:
             print(f"wrote {folder / f'{name}.png'}", file=sys.stderr)
 
 
+@command("report")
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0; 2 where a file cannot be read or written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
@@ -223,14 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="(FILE.html beside it)")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures into this folder too")
     options = parser.parse_args(arguments)
-    try:
-        record = load(options.record)
-        path = options.output or options.record.with_suffix(".html")
-        writable("--output", path)
-        write(record, path, options.pictures)
-    except CommandError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    record = load(options.record)
+    path = options.output or options.record.with_suffix(".html")
+    writable("--output", path)
+    write(record, path, options.pictures)
     return 0
 
 

@@ -33,7 +33,7 @@ from benchmarks.machine_code import (
     main_loop,
     nvcc_release,
 )
-from convnext_kernels.cli.errors import CommandError, names, writable
+from convnext_kernels.cli.errors import CommandError, command, names, writable
 from convnext_kernels.cli.machine import commit, versions
 from convnext_kernels.cli.output import console, write_json
 
@@ -373,6 +373,7 @@ def to_record(kernels: Sequence[Kernel]) -> dict[str, Any]:
     }
 
 
+@command("static_report")
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--architectures", nargs="+", metavar="SM", help=f"{', '.join(DEVICES)} (all)")
@@ -383,17 +384,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every kernel")
     parser.add_argument("--all", action="store_true", help="rows for both 16-bit types, not only the longer code")
     options = parser.parse_args(arguments)
-    try:
-        if find_nvcc() is None:
-            raise CommandError("needs nvcc: there is none at CUDACXX, CUDA_HOME/bin or PATH")
-        architectures = names("--architectures", options.architectures, DEVICES, tuple(DEVICES))
-        known = sources()
-        chosen = {name: known[name] for name in names("--source", options.source, known, tuple(known))}
-        path = writable("--json", options.json)
-        kernels = compile_all(chosen, architectures, options.processes)
-    except CommandError as error:
-        print(f"static_report: {error}", file=sys.stderr)
-        return 2
+    if find_nvcc() is None:
+        raise CommandError("needs nvcc: there is none at CUDACXX, CUDA_HOME/bin or PATH")
+    architectures = names("--architectures", options.architectures, DEVICES, tuple(DEVICES))
+    known = sources()
+    chosen = {name: known[name] for name in names("--source", options.source, known, tuple(known))}
+    path = writable("--json", options.json)
+    kernels = compile_all(chosen, architectures, options.processes)
     if path is not None:
         write_json(path, to_record(kernels))
     return report(kernels, options.all)

@@ -43,7 +43,7 @@ def default_path(device: torch.device | None) -> Path:
     """results/<processor or GPU>/<date and time>.json"""
     name = header(device)["device"].split(",")[0]
     folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return RESULTS / folder / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M}.json"
+    return RESULTS / folder / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M%S}.json"
 
 
 @contextmanager
@@ -202,7 +202,7 @@ class Run:
 
 
 def summary(record: Record) -> str:
-    """Part by part, of those that were to run, what there is and what is missing; every operator that failed."""
+    """Part by part, of those that were to run, what there is and, by reason, what is missing; operators that failed."""
     lines = []
     for name, part in record["parts"].items():
         if part["state"] == LEFT_OUT:
@@ -211,7 +211,11 @@ def summary(record: Record) -> str:
         counts = f"{len(part['results'])} results" + (f", {failures} of ours without a time" if failures else "")
         reason = f": {part['reason']}" if part["reason"] else ""
         lines.append(f"  {name}: {part['state']}{reason} ({counts})")
-        lines += [f"    not measured: {case}: {why}" for case, why in part["unmeasured"].items()]
+        cases: dict[str, list[str]] = {}
+        for case, why in part["unmeasured"].items():
+            cases.setdefault(why, []).append(case)
+        for why, (first, *others) in cases.items():
+            lines.append(f"    not measured: {first}{f' and {len(others)} more' if others else ''}: {why}")
     lines += [f"  parity failed, no speedup for {name}: {why}" for name, why in record["parity"].items()]
     return "\n".join(lines)
 

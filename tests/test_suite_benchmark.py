@@ -176,6 +176,16 @@ def test_the_host_side_of_calls(tmp_path):
     assert part.output == "--benchmark-json" and (ROOT / part.arguments[0]).is_file()
 
 
+def test_the_summary_says_once_why_cases_are_missing():
+    missing = {"a": "left out for the time", "b": "OutOfMemoryError", "c": "left out for the time"}
+    part = {"state": "done", "reason": None, "results": [], "unmeasured": missing}
+    assert suite.summary({"parts": {"models": part}, "parity": {}}).splitlines() == [
+        "  models: done (0 results)",
+        "    not measured: a and 1 more: left out for the time",
+        "    not measured: b: OutOfMemoryError",
+    ]
+
+
 def test_parts_can_run_alone(run):
     _, content = run("measures", "rests", arguments=["--only", "1 rests"])
     assert states(content) == ["left out", "done"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +14,27 @@ EXTRA = "pip install 'convnext-kernels[bench]'"
 
 class CommandError(Exception):
     """A command cannot start as it was asked to: one line on stderr, exit code 2."""
+
+
+Main = Callable[[list[str] | None], int]
+"""From arguments, those of the process where it gets none, to the exit code."""
+
+
+def command(name: str) -> Callable[[Main], Callable[..., int]]:
+    """Of a script's main function: a `CommandError` is one line on stderr, after that name, and exit code 2."""
+
+    def decorate(main: Main) -> Callable[..., int]:
+        @wraps(main)
+        def run(arguments: list[str] | None = None) -> int:
+            try:
+                return main(arguments)
+            except CommandError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+
+        return run
+
+    return decorate
 
 
 def optional(module: str) -> ModuleType:
