@@ -30,6 +30,14 @@ CUDA_KERNELS_RUN = emulated.LIBRARY in os.environ or not INTERPRETED
 BACKENDS = ("reference", "triton", "cuda") if CUDA_KERNELS_RUN else ("reference", "triton")
 
 
+def refusal(main: Callable[[list[str]], int], arguments: list[str], capsys: Any) -> str:
+    """What a command says that cannot start as it was asked to: one line on stderr alone, and exit code 2."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Seeds PyTorch and draws every parameter: norms and layer scale near 1, GRN near 0.5, weights by their fan-in."""
     torch.manual_seed(seed)
