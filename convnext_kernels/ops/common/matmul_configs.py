@@ -27,24 +27,32 @@ WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
 # Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
 # spills with the derivative's epilogue (200 bytes), patches as output (5 KB), scaled operands (8) or 24 channels (152).
 NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
+# Half as deep where there may be two products in one: their 74 KB on sm_90 leave room for a second program beside the
+# first, to multiply during its epilogue, and 96 channels are three whole steps.
+SHALLOW = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3)
+SHALLOW_INNER = 256
 TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 # float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. With
 # TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
 FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
-# At most 64 accumulators a thread: twice as many spill with a residual on sm_90 and with sums of rows on sm_80; so does
-# the derivative with 64.
+# At most 64 accumulators a thread: twice as many spill 160 bytes with a residual on sm_90 and 80 with a drop path on
+# sm_80; so does the derivative with 64.
 WIDE_CANDIDATES = [
     MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
     MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
 ]
 NARROW_CANDIDATES = [
+    NARROW,
+    SHALLOW,
     MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=4),
     MatmulConfig(block_m=64, block_n=128, block_k=64, warps=8, stages=3),
     MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4),
 ]
+# Twice the tile: three quarters of WIDE's bytes from L2. For sums over tokens alone, whose epilogue is a store.
+BROAD = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
 TF32_CANDIDATES = [
     MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=3),
     MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=3),
@@ -73,17 +81,23 @@ def operand_bits(dtype: torch.dtype) -> int:
     return 32 if float32_precision() == "ieee" else TF32_BITS
 
 
+def _deep_config(columns: int, bits: int, needs_registers: int) -> MatmulConfig:
+    if bits != 16:
+        return TF32 if bits == TF32_BITS else FLOAT32
+    return NARROW if columns <= 64 or needs_registers else WIDE
+
+
 def matmul_config(columns: int, inner: int, bits: int, needs_registers: int) -> MatmulConfig:
-    """The configuration for an output of so many columns, whatever its inner dimension.
+    """The configuration for an output of so many columns.
 
     Args:
         bits: `operand_bits`.
         needs_registers: 1 if the product has a prologue, multiplies by a derivative, stores patches or, for want of
             alignment, loads element by element; else 0.
     """
-    if bits != 16:
-        return TF32 if bits == TF32_BITS else FLOAT32
-    return NARROW if columns <= 64 or needs_registers else WIDE
+    if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
+        return SHALLOW
+    return _deep_config(columns, bits, needs_registers)
 
 
 def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
@@ -95,13 +109,14 @@ def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int)
 
 
 def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
-    """For an inner dimension of tokens: as `matmul_config`, whatever the number of rows."""
-    return matmul_config(columns, 0, bits, needs_registers)
+    """For an inner dimension of tokens: as `matmul_config` for a deep one, whatever the number of rows."""
+    return _deep_config(columns, bits, needs_registers)
 
 
 def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """As `matmul_candidates`."""
-    return matmul_candidates(columns, 0, bits, needs_registers)
+    """As `matmul_candidates`, and wider."""
+    broad = [BROAD] if bits == 16 and columns >= BROAD.block_n and not needs_registers else []
+    return [*matmul_candidates(columns, 0, bits, needs_registers), *broad]
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)

@@ -45,7 +45,7 @@ def patches(images: Tensor, size: int) -> Matrix:
 class Epilogue(NamedTuple):
     """What is done to a product before it is stored, in this order; None leaves a step out.
 
-    scale [1] in float32 multiplies; bias [columns] is added; `pre_activation` receives the sum, before `activation`;
+    bias [columns] is added; scale [1] in float32 multiplies; `pre_activation` receives that, before `activation`;
     or, with `derivative`, the product is multiplied by the activation's derivative at `pre_activation`, whose
     activation goes to `hidden`. There the pre-activation may also be `recomputed`: a second product of the same shape,
     whose first operand has the first one's strides, plus the bias. Then column_scale [columns] and the factor of
@@ -56,8 +56,8 @@ class Epilogue(NamedTuple):
     rows are not written either, but for the pre-activation, which a caller may keep.
     """
 
-    scale: Tensor | None = None
     bias: Tensor | None = None
+    scale: Tensor | None = None
     activation: str | None = None
     pre_activation: Tensor | None = None
     derivative: bool = False
@@ -87,6 +87,18 @@ def _column_offsets(columns, stride, PATCH: tl.constexpr, width, channels):
     return (columns // run).to(tl.int64) * width * channels + columns % run
 
 
+@triton.jit
+def _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE: tl.constexpr):
+    """To the product, or to the pre-activation that is recomputed for a derivative."""
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if DERIVATIVE:
+            second += bias
+        else:
+            accumulator += bias
+    return accumulator, second
+
+
 @triton.jit(do_not_specialize=["rows", "patch_rows", "patch_columns", "height", "width"])
 def matmul_kernel(
     a_ptr,
@@ -114,8 +126,6 @@ def matmul_kernel(
     stride_bn,
     stride_second_bk,
     stride_second_bn,
-    stride_om,
-    stride_on,
     patch_rows,
     patch_columns,
     height,
@@ -169,7 +179,14 @@ def matmul_kernel(
 
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    row_sums = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    # 16-bit products start from their bias, which takes up to 32 registers beside the sums behind the loop. In float32
+    # each step would round at its size.
+    FLOAT32: tl.constexpr = a_ptr.dtype.element_ty == tl.float32
+    if not FLOAT32:
+        accumulator, second = _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE)
+    # Sums of 16-bit rows are a product too: added up by shuffles they take more instructions than all the rest.
+    row_sums = tl.zeros((BLOCK_M, 1 if FLOAT32 else 16), dtype=tl.float32)
+    ones = tl.full((BLOCK_K, 16), 1.0, dtype=a_ptr.dtype.element_ty)
     for offset in range(start, end, BLOCK_K):
         k = offset + tl.arange(0, BLOCK_K)
         k_mask = k < end
@@ -184,7 +201,10 @@ def matmul_kernel(
         if ORDERED == "inner" and factor_ptr is not None:
             a = (a.to(tl.float32) * factor[None, :]).to(a_ptr.dtype.element_ty)
         if row_sums_ptr is not None:
-            row_sums += tl.sum(a.to(tl.float32), axis=1)
+            if FLOAT32:
+                row_sums += tl.sum(a, axis=1)[:, None]
+            else:
+                row_sums = tl.dot(a, ones, row_sums)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         if second_a_ptr is not None:
             b_offsets = k.to(tl.int64)[:, None] * stride_second_bk + n.to(tl.int64)[None, :] * stride_second_bn
@@ -194,26 +214,27 @@ def matmul_kernel(
 
     mask, kept_mask = m_mask[:, None] & n_mask[None, :], a_mask[:, None] & n_mask[None, :]
     out_mask = mask if WRITE_DROPPED else kept_mask
-    dense = m.to(tl.int64)[:, None] * columns + n[None, :]
+    # Offsets of 32 bits from the tile's own, unless its rows are anywhere: two registers less for each row of a thread.
+    if ORDERED == "rows":
+        tile, dense = 0, m.to(tl.int64)[:, None] * columns + n[None, :]
+    else:
+        tile = tile_m.to(tl.int64) * BLOCK_M * columns
+        dense = tl.arange(0, BLOCK_M)[:, None] * columns + n[None, :]
+    if FLOAT32:
+        accumulator, second = _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE)
     if scale_ptr is not None:
         accumulator *= tl.load(scale_ptr)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-        if DERIVATIVE:
-            second += bias
-        else:
-            accumulator += bias
     if DERIVATIVE:
         if second_a_ptr is None:
-            pre_activation = tl.load(pre_activation_ptr + dense, mask=kept_mask, other=0.0).to(tl.float32)
+            pre_activation = tl.load(pre_activation_ptr + tile + dense, mask=kept_mask, other=0.0).to(tl.float32)
         else:
             pre_activation = second.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # as it would have been saved
         accumulator *= gelu_derivative(pre_activation, ACTIVATION)
         hidden = gelu(pre_activation, ACTIVATION)
-        tl.store(hidden_ptr + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=out_mask)
+        tl.store(hidden_ptr + tile + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=out_mask)
     elif ACTIVATION is not None:
         if pre_activation_ptr is not None:
-            tl.store(pre_activation_ptr + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
+            tl.store(pre_activation_ptr + tile + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
         accumulator = gelu(accumulator, ACTIVATION)
     if column_scale_ptr is not None:
         accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
@@ -222,15 +243,17 @@ def matmul_kernel(
             accumulator *= factor[:, None]
         accumulator = tl.where(a_mask[:, None], accumulator, 0.0)
     if residual_ptr is not None:
-        accumulator += tl.load(residual_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+        accumulator += tl.load(residual_ptr + tile + dense, mask=mask, other=0.0).to(tl.float32)
 
-    out_rows = _row_offsets(m, stride_om, OUT_PATCH, patch_rows, patch_columns, height, width, channels)
-    out_columns = _column_offsets(n, stride_on, OUT_PATCH, width, channels)
-    out_offsets = split.to(tl.int64) * rows * columns + out_rows[:, None] + out_columns[None, :]
-    tl.store(out_ptr + out_offsets, accumulator.to(out_ptr.dtype.element_ty), mask=out_mask)
+    out_ptr += split.to(tl.int64) * rows * columns
+    if OUT_PATCH > 0:
+        out_rows = _row_offsets(m, 0, OUT_PATCH, patch_rows, patch_columns, height, width, channels)
+        tile, dense = 0, out_rows[:, None] + _column_offsets(n, 0, OUT_PATCH, width, channels)[None, :]
+    tl.store(out_ptr + tile + dense, accumulator.to(out_ptr.dtype.element_ty), mask=out_mask)
     if row_sums_ptr is not None:  # noqa: SIM102 - this test is the compiler's, the next one the GPU's
         if tile_n == 0:
-            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, row_sums, mask=m_mask)
+            # All columns are the same.
+            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, tl.max(row_sums, axis=1), mask=m_mask)
 
 
 GROUP_M = 8
@@ -281,7 +304,6 @@ def _launch(
         *a[1:3],
         *b[1:3],
         *(second_b[1:3] if second_b else (0, 0)),
-        *out[1:3],
         height // patch if patch else 1,
         width // patch if patch else 1,
         height,
