@@ -90,9 +90,9 @@ def fused_kernel(
     residual_ptr,
     out_ptr,
     tokens,
-    hidden,
     eps,
     CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -109,12 +109,12 @@ def fused_kernel(
     t_mask, low = t < tokens, tl.arange(0, LOW)
     # One 64-bit offset for the tile: with one for each element 128 channels spill 16 bytes on sm_80.
     tile = tl.program_id(0).to(tl.int64) * (BLOCK_T * CHANNELS)
-    row, end = tl.arange(0, BLOCK_T), hidden
+    row, end = tl.arange(0, BLOCK_T), HIDDEN
     mask, kept = t_mask[:, None], t_mask[:, None]
     if order_ptr is not None:
         count = tl.load(kept_ptr)
         kept = (t < count)[:, None]
-        end = tl.where(tl.program_id(0) * BLOCK_T < count, hidden, 0)
+        end = tl.where(tl.program_id(0) * BLOCK_T < count, HIDDEN, 0)
         tile, row = 0, tl.load(order_ptr + t, mask=t_mask, other=0).to(tl.int64)
     offsets = row[:, None] * CHANNELS + low[None, :]
     input_low = tl.load(input_ptr + tile + offsets, mask=kept, other=0.0)
@@ -137,7 +137,7 @@ def fused_kernel(
             tl.store(rstd_ptr + tile // CHANNELS + row, rstd, mask=t_mask)
     for start in range(0, end, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
-        h_mask = h < hidden
+        h_mask = tl.full((BLOCK_H,), True, tl.int1) if HIDDEN % BLOCK_H == 0 else h < HIDDEN
         line = h[None, :] * CHANNELS
         weight = tl.load(weight1_ptr + line + low[:, None], mask=h_mask[None, :], other=0.0)
         activation = tl.dot(input_low, weight, input_precision=PRECISION)
@@ -148,10 +148,10 @@ def fused_kernel(
             activation += tl.load(bias1_ptr + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
         # Behind the last hidden channel weights are 0: whatever the activation is there, it adds nothing.
         activated = gelu(activation, ACTIVATION).to(input_ptr.dtype.element_ty)
-        weight = tl.load(weight2_ptr + low[None, :] * hidden + h[:, None], mask=h_mask[:, None], other=0.0)
+        weight = tl.load(weight2_ptr + low[None, :] * HIDDEN + h[:, None], mask=h_mask[:, None], other=0.0)
         sum_low = tl.dot(activated, weight, sum_low, input_precision=PRECISION)
         if HIGH > 0:
-            weight = tl.load(weight2_ptr + high[None, :] * hidden + h[:, None], mask=h_mask[:, None], other=0.0)
+            weight = tl.load(weight2_ptr + high[None, :] * HIDDEN + h[:, None], mask=h_mask[:, None], other=0.0)
             sum_high = tl.dot(activated, weight, sum_high, input_precision=PRECISION)
     factor = None
     if order_ptr is not None:
@@ -213,9 +213,9 @@ def _fused_forward(
         None if residual is None else to_channels_last(residual),
         output,
         tokens,
-        weight1.shape[0],
         norm and norm.eps,
         CHANNELS=rows.shape[-1],
+        HIDDEN=weight1.shape[0],
         LOW=config.low,
         HIGH=config.high,
         ACTIVATION=gelu_form(activation, rows.dtype),
