@@ -111,16 +111,18 @@ def backward_kernel(
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + t, mask=kept, other=0.0)
             normalized = tl.where(c_mask[None, :], (tile - mean[:, None]) * rstd[:, None], 0.0)
-        grad_weight += grad * normalized
-        grad_bias += grad
+        if grad_weight_ptr is not None:
+            grad_weight += grad * normalized
+            grad_bias += grad
         if grad_input_ptr is not None:
             grad = affine(grad, weight_ptr, None, c, c_mask)
             mean_grad = tl.sum(grad, axis=1) / channels
             mean_product = tl.sum(grad * normalized, axis=1) / channels
             grad_input = rstd[:, None] * (grad - mean_grad[:, None] - normalized * mean_product[:, None])
             tl.store(grad_input_ptr + offsets, grad_input.to(grad_input_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_weight_ptr + program * channels + c, tl.sum(grad_weight, axis=0), mask=c_mask)
-    tl.store(grad_bias_ptr + program * channels + c, tl.sum(grad_bias, axis=0), mask=c_mask)
+    if grad_weight_ptr is not None:
+        tl.store(grad_weight_ptr + program * channels + c, tl.sum(grad_weight, axis=0), mask=c_mask)
+        tl.store(grad_bias_ptr + program * channels + c, tl.sum(grad_bias, axis=0), mask=c_mask)
 
 
 def forward(
@@ -176,7 +178,9 @@ def backward(
     per_program = config.tokens * max(1, -(-tokens // (config.tokens * BACKWARD_PROGRAMS)))
     programs = max(1, -(-tokens // per_program))
     grad_input = rows.new_empty(rows.shape) if wanted[0] else None
-    partial = torch.empty((2, programs, channels), dtype=torch.float32, device=rows.device)
+    partials: tuple[Tensor, ...] | tuple[None, None] = (None, None)
+    if wanted[1] or wanted[2]:
+        partials = torch.empty((2, programs, channels), dtype=torch.float32, device=rows.device).unbind()
     launch(
         backward_kernel,
         (programs,),
@@ -187,8 +191,7 @@ def backward(
         rstd,
         drop_path_factor,
         grad_input,
-        partial[0],
-        partial[1],
+        *partials,
         tokens,
         per_program,
         tokens_per_image(rows),
@@ -197,8 +200,8 @@ def backward(
         BLOCK_C=config.channels,
         warps=config.warps,
     )
-    return (
-        nothing(input) if grad_input is None else from_channels_last(grad_input),
-        partial[0].sum(0) if wanted[1] else nothing(input),
-        partial[1].sum(0) if wanted[2] else nothing(input),
+    grad_weight, grad_bias = (
+        partial.sum(0) if want and partial is not None else nothing(input)
+        for partial, want in zip(partials, wanted[1:], strict=True)
     )
+    return nothing(input) if grad_input is None else from_channels_last(grad_input), grad_weight, grad_bias

@@ -44,7 +44,8 @@ def scaled_weight2(weight2: Tensor, layer_scale: Tensor | None, dtype: torch.dty
         power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
         power = torch.where((power > 0) & power.isfinite(), power, 1.0)
         layer_scale = layer_scale / power
-    return (layer_scale[:, None] * weight2).to(dtype), power
+    # One kernel: the product is not written in float32 first.
+    return torch.mul(layer_scale[:, None], weight2, out=weight2.new_empty(weight2.shape, dtype=dtype)), power
 
 
 def parameter_gradients(
