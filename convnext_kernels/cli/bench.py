@@ -24,7 +24,7 @@ from convnext_kernels.cli.errors import at_least, names, writable
 from convnext_kernels.cli.images import Photographs, crop_batch, load_photographs
 from convnext_kernels.cli.machine import device_name, find_device, provenance
 from convnext_kernels.cli.measure import Timing, Work, measure, peak_memory
-from convnext_kernels.cli.output import console, write_json
+from convnext_kernels.cli.output import console, save_json, write_json
 from convnext_kernels.cli.tasks import (
     COMPILED,
     EAGER,
@@ -199,7 +199,7 @@ def _task_count(options: Options) -> int:
 
 
 def run_tasks(options: Options, photographs: Photographs) -> list[Row]:
-    """Runs every task of every model, with a progress bar on stderr."""
+    """Runs every task of every model, with a progress bar on stderr; after each the file has what there is."""
     images = crop_batch(photographs, options.batch_size, options.resolution).to(options.device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     rows: list[Row] = []
@@ -214,6 +214,8 @@ def run_tasks(options: Options, photographs: Photographs) -> list[Row]:
                 progress.update(bar, description=f"{label}: {rounds} rounds")
                 advance = partial(progress.advance, bar, 1 / (rounds * len(run.works)))
                 rows += run.rows(measure(run.works, task.inputs, rounds, advance))
+                if options.json is not None:
+                    save_json(options.json, report(rows, options, photographs))
                 done += 1
                 progress.update(bar, completed=done)
     return rows

@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from convnext_kernels.cli import bench as bench_command
 from convnext_kernels.cli import main, tasks
+from convnext_kernels.cli.measure import Timing
 from convnext_kernels.cli.tasks import COMPILED, EAGER, OURS
 
 
@@ -33,6 +35,23 @@ def test_measures_models_and_blocks(bench, tmp_path, capsys):
     assert "block 4, forward + backward" in capsys.readouterr().out
     pixels = numpy.asarray(Image.open(picture).convert("RGB"))
     assert min(pixels.shape[:2]) > 500 and len(numpy.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_an_interrupted_run_keeps_what_it_has(bench, tmp_path, monkeypatch):
+    """The first task's results are in the file when the second one is interrupted."""
+    measured = []
+
+    def measure(works, *arguments):
+        if measured:
+            raise KeyboardInterrupt
+        return measured.append(works) or {name: Timing([1.0]) for name in works}
+
+    monkeypatch.setattr(bench_command, "measure", measure)
+    code, content = bench("--mode", "inference,training")
+    assert code == 130 and [(row["mode"], row["contender"]) for row in content["results"]] == [
+        ("inference", OURS),
+        ("inference", EAGER),
+    ]
 
 
 def test_16_bit_is_compared_with_float32(bench):
