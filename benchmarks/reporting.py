@@ -168,7 +168,7 @@ def _cells(row: Row, names: Sequence[str]) -> list[str]:
     times = ["", ""]
     if row.milliseconds is not None and row.quartiles is not None:
         lower, upper = row.quartiles
-        times = [f"{row.milliseconds:.4f}", f"{lower:.4f}-{upper:.4f}"]
+        times = [f"{row.milliseconds:.4g}", f"{lower:.4g}-{upper:.4g}"]
     figures = {figure.name: str(figure) for figure in row.figures}
     return [row.shape, row.contender, *times, *(figures.get(name, "") for name in names)]
 

@@ -178,7 +178,8 @@ class Run:
         if code in (0, 1):
             return DONE, None
         reason = last[-1] if last else "it said nothing"
-        return FAILED, f"ended with exit code {code}: {reason}"
+        end = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+        return FAILED, f"ended with {end}: {reason}"
 
     def measure_all(self) -> int:
         """Runs every part; returns 0, or 128 and the number of the signal that interrupted the run."""

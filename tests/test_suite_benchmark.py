@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import product
@@ -134,6 +135,10 @@ def test_a_part_that_fails_or_hangs_leaves_the_others(run, capfd, monkeypatch):
     captured = capfd.readouterr()
     assert "0 fails: failed: ended with exit code 3: measuring fails (2 results)" in captured.out
     assert re.search(r"1 hangs: \d of \d s, 2 results", captured.err) and "    measuring hangs" in captured.err
+
+
+def test_a_part_that_is_killed_says_by_what():
+    assert suite.Run._verdict(-signal.SIGKILL, deque()) == ("failed", "ended with SIGKILL: it said nothing")
 
 
 def test_no_speedup_where_parity_failed(run, capfd):
