@@ -100,12 +100,21 @@ def matmul_config(columns: int, inner: int, bits: int, needs_registers: int) -> 
     return _deep_config(columns, bits, needs_registers)
 
 
-def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """Other shapes of the tile, depths and numbers of stages."""
+def _deep_candidates(columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
     narrow = columns <= 64 or needs_registers  # as for the rule: wide tiles of 40 columns spill on sm_90
     return NARROW_CANDIDATES if narrow else [*WIDE_CANDIDATES, *NARROW_CANDIDATES]
+
+
+def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
+    """Other shapes of the tile, depths and numbers of stages."""
+    found = _deep_candidates(columns, bits, needs_registers)
+    if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
+        return [
+            config for config in found if config.block_n <= 64
+        ]  # two products of 128 columns spill 8 bytes on sm_80
+    return found
 
 
 def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
@@ -114,9 +123,9 @@ def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int)
 
 
 def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """As `matmul_candidates`, and wider."""
+    """As `matmul_candidates` for a deep one, and wider."""
     broad = [BROAD] if bits == 16 and columns >= BROAD.block_n and not needs_registers else []
-    return [*matmul_candidates(columns, 0, bits, needs_registers), *broad]
+    return [*_deep_candidates(columns, bits, needs_registers), *broad]
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)
