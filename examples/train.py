@@ -92,7 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kernels", "on", "this package's operators, or plain PyTorch", choices=("on", "off"))
     add("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     add("--seed", 0, "of weights, order and augmentation", "[0, 4294967295]")
-    add("--workers", 8, "processes that read images, for each process that trains", "[0, inf)")
+    add(
+        "--workers",
+        8,
+        "processes that read, for each that trains; each has two of its batches in shared memory",
+        "[0, inf)",
+    )
     add("--log-every", 50, "steps between rows of steps.csv", "[1, inf)")
     add("--save-every", 0, "steps between checkpoints, beside those after epochs; 0: none", "[0, inf)")
 

@@ -80,7 +80,8 @@ def shard(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype | None, 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Else it would stay whole after an evaluation, and no moving average could take a step.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def replicate(model: nn.Module, processes: Processes) -> nn.Module:

@@ -11,6 +11,7 @@ from launch import python, stop_at, torchrun
 from training import data
 from training.files import CsvLog, read_log, replacing
 from training.loop import FAILED, REFUSED, STOPPED
+from training.processes import Processes
 
 from convnext_kernels import load_checkpoint
 from convnext_kernels.model import ConvNeXt
@@ -292,6 +293,20 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path, capsys, m
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert run(tmp_path / "run") == REFUSED
     assert "--batch-size: got 256; accepted: a multiple of 3, the number of processes" in capsys.readouterr().err
+
+
+def test_nodes_that_do_not_share_the_folder_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Processes, "highest", lambda self, value: max(value, 6))
+    assert run(tmp_path / "run") == REFUSED
+    assert f"other processes see another {tmp_path / 'run' / 'last.pt'}" in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert run(tmp_path / "run", "--device", "cuda") == REFUSED
+    assert "--nproc-per-node: got more than 2; accepted: at most one process for each GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def gradients_of(learner: Learner, world: Processes) -> dict[str, torch.Tensor]:
 
 @IEEE
 def state_of(world: Processes, folder: Path, *arguments: str) -> dict[str, Any]:
-    """After two steps, of which the second is one of a new learner that took up the first's state.
+    """After two steps, of which the second is one of a new learner that took up the first's state and evaluated it.
 
     With so large an epsilon Adam's steps are about the gradients; with the usual one, their signs. The scale is one
     that half a batch does not overflow.
@@ -57,6 +57,7 @@ def state_of(world: Processes, folder: Path, *arguments: str) -> dict[str, Any]:
     if world.size > 1:
         torch.distributed.barrier()
     second.load(torch.load(folder / "state.pt"))
+    second.evaluate([part(world)])
     second.step(*part(world))
     return second.state()
 
