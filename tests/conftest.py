@@ -32,6 +32,18 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+def pytest_runtest_logfinish() -> None:
+    """An illegal access of a kernel spoils its process: every later test would fail there."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)  # xdist names the test that has just failed, and starts another process
+        pytest.exit(f"this process can use the GPU no more: {error}", returncode=1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -331,6 +332,22 @@ def test_what_tells_most_comes_first():
     order = [item.name for item in items]
     assert order[-2:] == [names[1], names[0]] and names[2] in order[:-2]
     assert order[:-2] != sorted(order[:-2])
+
+
+def test_a_process_whose_gpu_is_lost_ends(request, monkeypatch):
+    """Every later test would fail there."""
+    hooks = request.config.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    hooks.pytest_runtest_logfinish()
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=RuntimeError("an illegal memory access")))
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(SystemExit):
+        hooks.pytest_runtest_logfinish()
+    monkeypatch.delenv("PYTEST_XDIST_WORKER")
+    with pytest.raises(pytest.exit.Exception, match="the GPU no more: an illegal memory access"):
+        hooks.pytest_runtest_logfinish()
 
 
 def test_what_failed_is_recorded_until_time_is_up(tmp_path):
