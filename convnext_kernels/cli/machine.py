@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ def device_name(device: torch.device) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
+@cache
 def commit() -> str | None:
-    """The commit of the checkout that the package runs from, "-dirty" where it was changed; None outside a checkout."""
+    """The commit of the checkout that the package runs from, "-dirty" where it was changed; None outside a checkout.
+
+    As it was when first asked: results that are then stored there change it.
+    """
     folder = Path(convnext_kernels.__file__).parent
     tracked = ["git", "ls-files", "--error-unmatch", "__init__.py"]
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

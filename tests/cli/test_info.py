@@ -1,10 +1,11 @@
 """The command `info`."""
 
 import json
+import subprocess
 
 import torch
 
-from convnext_kernels.cli import info, main
+from convnext_kernels.cli import info, machine, main
 from convnext_kernels.functional import OPERATORS
 
 GPU = {"index": 0, "name": "NVIDIA X", "capability": [9, 0], "memory_bytes": 80 * 2**30, "l2_cache_bytes": 50 * 2**20}
@@ -37,3 +38,16 @@ def test_a_gpu_and_the_library_s_code_for_it_are_shown(capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert "NVIDIA X, 9.0, 80 GiB; library code: machine code" in shown
     assert "machine code for sm_80, sm_90a; PTX of compute_90 (nvcc 13.0)" in shown
+
+
+def test_commit_is_asked_for_once(monkeypatch):
+    """A result that is written into the checkout would make it a changed one."""
+    states = iter(["__init__.py", "1a2b", "__init__.py", "1a2b-dirty"])
+    monkeypatch.setattr(
+        machine.subprocess, "run", lambda *command, **options: subprocess.CompletedProcess(command, 0, next(states))
+    )
+    machine.commit.cache_clear()
+    try:
+        assert [machine.commit(), machine.commit()] == ["1a2b", "1a2b"]
+    finally:
+        machine.commit.cache_clear()
