@@ -24,12 +24,12 @@ from convnext_kernels.functional import OPERATORS
 PACKAGE = str(Path(convnext_kernels.__file__).parent)
 
 CALLS = {
-    "ConvNeXtBlock": (139, 156),
-    "convnext_block": (124, 134),
+    "ConvNeXtBlock": (132, 149),
+    "convnext_block": (117, 127),
     "depthwise_conv2d": (47, 55),
-    "depthwise_conv2d_layer_norm": (72, 82),
+    "depthwise_conv2d_layer_norm": (68, 78),
     "global_response_norm": (52, 62),
-    "layer_norm": (53, 63),
+    "layer_norm": (51, 61),
     "mlp": (89, 99),
     "patch_linear": (45, 53),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +24,18 @@ from convnext_kernels.ops.depthwise_conv.operator import filter_limits, filter_n
 from convnext_kernels.ops.layer_norm.operator import channel_limits, channel_notes
 
 
-def _limits(input: Tensor, conv_weight: Tensor, dilation: int) -> dict[str, list[str]]:
-    by_filter, by_channels = filter_limits(conv_weight.shape[-1], dilation), channel_limits(input)
+@cache
+def _limits(size: int, dilation: int, width: int, products: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
+    """What a filter, a number of channels and, of this machine, the products have against each backend."""
+    by_filter, by_channels = filter_limits(size, dilation), channel_limits(width)
     limits = {backend: by_filter[backend] + by_channels[backend] for backend in by_filter}
-    products = machine_reasons("triton", input.device, input.dtype, by_name=True)
     limits["cuda"] += [f"its products are Triton's: {reason}" for reason in products]
     return limits
+
+
+def _limits_of(input: Tensor, conv_weight: Tensor, dilation: int) -> Mapping[str, Sequence[str]]:
+    products = machine_reasons("triton", input.device, input.dtype, by_name=True)
+    return _limits(conv_weight.shape[-1], dilation, input.shape[1], products)
 
 
 def _fake_forward(
@@ -109,7 +117,7 @@ FORWARD = define(
     " Tensor? grn_bias, int dilation, float eps, float grn_eps, str activation, bool? recompute_hidden, bool save,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    limits=lambda input, conv_weight, *others: _limits(input, conv_weight, others[11]),
+    limits=lambda input, conv_weight, *others: _limits_of(input, conv_weight, others[11]),
     notes=lambda input, *_: {"cuda": filter_notes(input)["cuda"] + channel_notes(input)["cuda"]},
 )
 
@@ -123,7 +131,7 @@ BACKWARD = define(
     " Tensor? grn_bias, int dilation, float grn_eps, str activation, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    limits=lambda grad_output, input, *others: _limits(input, others[5], others[15]),
+    limits=lambda grad_output, input, *others: _limits_of(input, others[5], others[15]),
 )
 
 

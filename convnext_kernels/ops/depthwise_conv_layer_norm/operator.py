@@ -21,7 +21,7 @@ from convnext_kernels.ops.layer_norm.operator import channel_limits, channel_not
 
 
 def _limits(input: Tensor, weight: Tensor, dilation: int) -> dict[str, list[str]]:
-    by_filter, by_channels = filter_limits(weight.shape[-1], dilation), channel_limits(input)
+    by_filter, by_channels = filter_limits(weight.shape[-1], dilation), channel_limits(input.shape[1])
     return {backend: by_filter[backend] + by_channels[backend] for backend in by_filter}
 
 

@@ -12,8 +12,9 @@ from convnext_kernels.ops.layer_norm.operator import CALL
 
 def check_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, prefix: str = "") -> None:
     """Checks the parameters of a norm over the input's channels."""
-    check_parameter(f"{prefix}weight", weight, (channels(input),), input)
-    check_parameter(f"{prefix}bias", bias, (channels(input),), input)
+    shape = (channels(input),)
+    check_parameter(f"{prefix}weight", weight, shape, input)
+    check_parameter(f"{prefix}bias", bias, shape, input)
     check_positive("eps", eps)
 
 

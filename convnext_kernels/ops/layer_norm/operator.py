@@ -21,13 +21,11 @@ MAXIMUM_TRITON_CHANNELS = 8192
 """The Triton kernel holds a whole token in registers."""
 
 
-def channel_limits(input: Tensor) -> dict[str, list[str]]:
-    """What the number of channels has against each backend."""
+def channel_limits(width: int) -> dict[str, list[str]]:
+    """What a number of channels has against each backend."""
     triton = []
-    if channels(input) > MAXIMUM_TRITON_CHANNELS:
-        triton.append(
-            f"{channels(input)} channels; the Triton kernel holds up to {MAXIMUM_TRITON_CHANNELS} in registers"
-        )
+    if width > MAXIMUM_TRITON_CHANNELS:
+        triton.append(f"{width} channels; the Triton kernel holds up to {MAXIMUM_TRITON_CHANNELS} in registers")
     return {"cuda": [], "triton": triton, "reference": []}
 
 
@@ -78,7 +76,7 @@ FORWARD = define(
     "forward",
     "(Tensor input, Tensor? weight, Tensor? bias, float eps, bool save, str backend) -> (Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    limits=lambda input, *_: channel_limits(input),
+    limits=lambda input, *_: channel_limits(channels(input)),
     notes=lambda input, *_: channel_notes(input),
 )
 
@@ -89,7 +87,7 @@ BACKWARD = define(
     "(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, Tensor rstd, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    limits=lambda grad_output, *_: channel_limits(grad_output),
+    limits=lambda grad_output, *_: channel_limits(channels(grad_output)),
 )
 
 
