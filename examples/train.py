@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from training.learner import AMP
 from training.loop import FAILED, REFUSED, Trainer
@@ -171,6 +172,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--crop-scale: got {options.crop_scale}; accepted: the smaller one first")
     if (first := min(options.resolution)[0]) != 0:
         parser.error(f"--resolution: got epoch {first} as the first; accepted: R, or R@0 among others")
+    if options.compile and options.compile not in (backends := torch.compiler.list_backends(exclude_tags=())):
+        parser.error(f"--compile: got {options.compile}; accepted: {', '.join(backends)}")
     return options
 
 

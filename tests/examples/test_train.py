@@ -349,6 +349,7 @@ def test_a_file_that_holds_no_run_is_not_resumed(tmp_path, capsys, content):
         (["--data", "folder", "--epochs", "5"], "--warmup: got 20; accepted: at most 5, the epochs"),
         (["--min-lr", "1"], "--min-lr: got 1; accepted: at most 0.002, the learning rate"),
         (["--resolution", "8@1"], "--resolution: got epoch 1 as the first; accepted: R, or R@0 among others"),
+        (["--compile", "nosuch"], "--compile: got nosuch; accepted: "),
         (["--resume"], "--resume: got no --output; accepted: with the folder of the run"),
         (["--model", "resnet"], "argument --model: invalid choice: 'resnet'"),
     ],
