@@ -111,9 +111,8 @@ def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int)
     """Other shapes of the tile, depths and numbers of stages."""
     found = _deep_candidates(columns, bits, needs_registers)
     if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
-        return [
-            config for config in found if config.block_n <= 64
-        ]  # two products of 128 columns spill 8 bytes on sm_80
+        # Where they may be two products in one, 128 columns spill 8 bytes on sm_80.
+        return [config for config in found if config.block_n <= 64]
     return found
 
 
