@@ -36,12 +36,16 @@ class Swapped(nn.Module):
         return _empty, (self.kind, self.host_class), *reduced[2:]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles, and puts in this one's place: it can read the host's forward alone."""
+        """What torch.jit.script compiles, and puts in this one's place: it can read the host's forward alone.
+
+        PyTorch asks one module after the other and names no model: what it asked before a refusal has been restored.
+        """
         name = type(self).__name__
         if obstacle := restore_obstacle(self):
             raise RuntimeError(
                 f"torch.jit.script cannot read the forward of an accelerated {name}, and its host's cannot be given"
-                f" back: it {obstacle}; accepted: torch.jit.trace, torch.export, torch.compile"
+                f" back: it {obstacle}; modules before it in the model have been, and `accelerate` converts them again;"
+                " accepted: torch.jit.trace, torch.export, torch.compile"
             )
         warnings.warn(
             f"torch.jit.script cannot read the forward of an accelerated {name}: it compiles the host's, and the model"

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
-from convnext_kernels import accelerate, restore
+from convnext_kernels import accelerate, fold_, restore
 from convnext_kernels.accelerate import blocks
 
 TOLERANCE = 1e-5
@@ -217,9 +217,20 @@ class TestTransforms:
         block = pair[1].stages[0].blocks[0]
         block.__class__ = type("Wrapped", (type(block),), {})
         with pytest.raises(
-            RuntimeError, match=r"torch\.jit\.script cannot .* it has been made a Wrapped since; accepted"
+            RuntimeError, match=r"torch\.jit\.script cannot .* it has been made a Wrapped since; .*accepted"
         ):
             torch.jit.script(block)
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    @pytest.mark.filterwarnings("ignore:torch.jit.script cannot read")
+    def test_what_jit_script_restored_before_a_refusal_is_converted_again(self, pair):
+        host, ours = pair
+        fold_(ours)
+        with pytest.raises(RuntimeError, match=r"it has been folded by fold_.*; modules before it .* `accelerate`"):
+            torch.jit.script(ours)
+        accelerate(ours)
+        assert difference(ours(images()), host(images())) <= TOLERANCE
+        assert_ours(ours)
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
     def test_jit_script_of_an_fx_graph_runs_ours(self, pair):
