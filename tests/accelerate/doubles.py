@@ -25,28 +25,29 @@ class OfficialLayerNorm(nn.Module):
         return self.weight[:, None, None] * normalised + self.bias[:, None, None]
 
 
-class OfficialBlock(nn.Module):
+class Block(nn.Module):
+    """What the blocks have under the same names."""
+
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float | None = 1e-6) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+        self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if layer_scale_init_value else None
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+
+class OfficialBlock(Block):
     """The authors' block; `images_norm`: it normalises before the permutation, as SAM 2's."""
 
     def __init__(
-        self,
-        dim: int,
-        drop_path: float = 0.0,
-        layer_scale_init_value: float | None = 1e-6,
-        use_grn: bool = False,
-        eps: float = 1e-6,
-        images_norm: bool = False,
+        self, dim: int, use_grn: bool = False, eps: float = 1e-6, images_norm: bool = False, **options: Any
     ) -> None:
-        super().__init__()
+        super().__init__(dim, **options)
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = OfficialLayerNorm(dim, eps) if images_norm else nn.LayerNorm(dim, eps)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
         if use_grn:
             self.grn = GlobalResponseNorm(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if layer_scale_init_value else None
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.images_norm = images_norm
 
     def forward(self, input: Tensor) -> Tensor:
@@ -90,30 +91,26 @@ class MMResponseNorm(nn.Module):
         return self.gamma.view(shape) * (input * relative) + self.beta.view(shape) + input
 
 
-class MMBlock(nn.Module):
+class MMBlock(Block):
     """mmpretrain's block: linear layers or 1x1 convolutions; `with_cp` computes it again in backward."""
 
     def __init__(
         self,
         dim: int,
-        drop_path: float = 0.0,
-        layer_scale_init_value: float | None = 1e-6,
         use_grn: bool = False,
         eps: float = 1e-6,
         linear_pw_conv: bool = True,
         with_cp: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, **options)
         pointwise: Any = nn.Linear if linear_pw_conv else partial(nn.Conv2d, kernel_size=1)
         self.with_cp, self.linear_pw_conv = with_cp, linear_pw_conv
         self.depthwise_conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = MMLayerNorm(dim, eps)
         self.pointwise_conv1 = pointwise(dim, 4 * dim)
-        self.act = nn.GELU()
         self.pointwise_conv2 = pointwise(4 * dim, dim)
         self.grn = MMResponseNorm(4 * dim) if use_grn else None
-        self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value)) if layer_scale_init_value else None
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
         if self.with_cp and input.requires_grad:
