@@ -64,7 +64,18 @@ VALUES = {
 
 # Besides two units of rounding of the result. Those of "fit" are what its docstrings promise.
 LIMITS = {"erf": 1e-7, "fit": 2.5e-7, "tanh": 1e-7}
-DERIVATIVE_LIMITS = {"erf": 1e-7, "fit": 1.6e-6, "tanh": 2e-6}
+DERIVATIVE_LIMITS = {"erf": 1e-7, "fit": 1.6e-6, "tanh": 2e-7}
+# Above 0 the derivative by tanh takes 1 - gate. In units of 2^-24 the sum in gate's denominator costs one and a GPU's
+# division two, times at most x slope = 34.07 at x = 4.96, beyond which the gate is 1. On these values it is 5.7e-6 with
+# such a division emulated, and 1.2e-7 up to 0; as NumPy divides 1.7e-6 and 4.3e-8; PyTorch's own 8.0e-7 and 1.0e-6.
+TANH_DERIVATIVE_ABOVE_0 = 3 * 2**-24 * 34.08
+
+
+def limits(x: Tensor, form: str, derivative: bool) -> Tensor:
+    limits = torch.full_like(x, (DERIVATIVE_LIMITS if derivative else LIMITS)[form])
+    if form == "tanh" and derivative:
+        limits[x > 0] = TANH_DERIVATIVE_ABOVE_0
+    return limits
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -76,7 +87,7 @@ def test_error(form, derivative, values):
     truth = exact(x, form, derivative)
     error = (on_device(x, form, derivative) - truth).abs() - 2 * torch.finfo(torch.float32).eps * truth.abs()
     assert x.numel() > 40000
-    assert error.max() <= (DERIVATIVE_LIMITS if derivative else LIMITS)[form]
+    assert (error / limits(x, form, derivative)).max() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
