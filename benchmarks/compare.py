@@ -100,11 +100,10 @@ def show(before: Record, after: Record, changes: list[Change]) -> None:
         table.add_row(*change.key, *times, f"[{colour}]{change.verdict}{speedup}[/]")
     if changes:
         out.print(table)
-    counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in (FASTER, SLOWER)}
-    unchanged = len(by_key(before).keys() & by_key(after).keys()) - sum(
-        change.before is not None and change.after is not None for change in changes
-    )
-    out.print(f"{counts[FASTER]} faster, {counts[SLOWER]} slower, {unchanged} within the spread")
+    old, new = by_key(before), by_key(after)
+    timed = sum(_timed(old.get(key)) and _timed(new[key]) for key in new)
+    faster, slower = (sum(change.verdict == verdict for change in changes) for verdict in (FASTER, SLOWER))
+    out.print(f"{faster} faster, {slower} slower, {timed - faster - slower} within the spread")
 
 
 @command("compare")

@@ -227,7 +227,10 @@ def main(arguments: list[str] | None = None) -> int:
     record = load(options.record)
     path = options.output or options.record.with_suffix(".html")
     writable("--output", path)
-    write(record, path, options.pictures)
+    try:
+        write(record, path, options.pictures)
+    except OSError as error:
+        raise CommandError(str(error)) from error
     return 0
 
 

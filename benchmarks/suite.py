@@ -265,6 +265,8 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
         device = find_gpu()
         left_out = leave_out(parts, options.only, device is not None)
         path = options.json or default_path(device)
+        if path.suffix != ".json":  # the report and its pictures take the other endings
+            raise CommandError(f"--json: got {path.name!r}; accepted: a file ending in .json")
         path.parent.mkdir(parents=True, exist_ok=True)
         writable("--json", path)
     except (CommandError, OSError) as error:

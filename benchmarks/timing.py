@@ -15,6 +15,7 @@ from torch import Tensor
 
 from convnext_kernels import parity
 from convnext_kernels.backends import BackendError
+from convnext_kernels.cli.errors import first_line
 from convnext_kernels.cli.machine import device_name, provenance
 from convnext_kernels.cli.measure import Timing, captured, measure_over, over, peak_memory, warm_up
 
@@ -77,7 +78,7 @@ def fair() -> Iterator[None]:
 def failure_of(error: Exception) -> str:
     """The type of an error and the first line of what it says; where it came from is printed on stderr."""
     traceback.print_exception(error, limit=-8)
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return first_line(error)
 
 
 def parity_failure(ours: Results, theirs: Results, exact: Results, dtype: torch.dtype) -> str | None:

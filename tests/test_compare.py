@@ -80,7 +80,8 @@ def test_what_is_printed_and_the_exit_code(strict, code, tmp_path, capsys):
 
 
 def test_the_same_file_has_no_changes(tmp_path, capsys):
-    path = written(tmp_path, "a.json", BEFORE)
+    """What has no time is within no spread."""
+    path = written(tmp_path, "a.json", record_of(*BEFORE["parts"]["mlp"]["results"], result("cuda", None, 0, 0)))
     assert main([path, path, "--strict"]) == 0
     printed = capsys.readouterr().out
     assert "0 faster, 0 slower, 2 within the spread" in printed and "different devices" not in printed

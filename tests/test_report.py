@@ -210,6 +210,13 @@ def test_without_matplotlib_the_tables_remain(record, monkeypatch):
     assert html.count("No module named") == len(PICTURES) and "<img" not in html and html.count("<table>") > 20
 
 
+def test_what_cannot_be_written_is_named(tmp_path, cpu_record, capsys):
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(cpu_record))
+    assert main([str(path), "--pictures", str(path)]) == 2
+    assert f"report: [Errno 17] File exists: '{path}'\n" in capsys.readouterr().err
+
+
 def test_what_is_no_record_is_named(tmp_path, capsys):
     path = tmp_path / "foreign.json"
     path.write_text('{"results": []}')

@@ -371,6 +371,7 @@ def test_what_failed_is_recorded_until_time_is_up(tmp_path):
         (["--only", "modles"], "--only: got 'modles'; accepted: library, kernels, parity, "),
         (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
         (["--json", "/dev/null/record.json"], "File exists: '/dev/null'"),
+        (["--json", "/dev/null/record.html"], "--json: got 'record.html'; accepted: a file ending in .json"),
     ],
 )
 def test_a_bad_argument_is_named(arguments, text, capsys):

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from convnext_kernels.cli.errors import at_least, names, writable
+from convnext_kernels.cli.errors import at_least, first_line, names, writable
 from convnext_kernels.cli.images import Photographs, crop_batch, load_photographs
 from convnext_kernels.cli.machine import device_name, find_device, provenance
 from convnext_kernels.cli.measure import Timing, Work, measure, peak_memory
@@ -137,10 +137,6 @@ def resident_bytes(module: nn.Module, optimizer: torch.optim.Optimizer | None) -
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
 class TaskRun:
     """Prepares, checks and times the contenders of one task."""
 
@@ -167,7 +163,7 @@ class TaskRun:
                 module.compile()
                 work(self.task.inputs)
             except Exception as error:  # whatever the compiler runs into is a result, not the end of the benchmark
-                self.failures[name] = f"torch.compile failed: {_first_line(error)}"
+                self.failures[name] = f"torch.compile failed: {first_line(error)}"
                 return
         self.works[name], self.optimizers[name] = work, optimizer
 

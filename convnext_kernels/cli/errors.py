@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from functools import wraps
@@ -66,7 +67,14 @@ def at_least(option: str, value: int, minimum: int) -> int:
 
 
 def writable(option: str, path: Path | None) -> Path | None:
-    """Checks, before any work, that the folder of a file to be written exists."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise CommandError(f"{option}: cannot write {path}; accepted: a file in an existing folder")
+    """Checks, before any work, that the folder of a file to be written exists and that files may be made in it."""
+    if path is not None:
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise CommandError(f"{option}: cannot write {path}; accepted: a file in an existing, writable folder")
     return path
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

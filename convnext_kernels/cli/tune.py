@@ -26,7 +26,7 @@ from torch import Tensor
 from convnext_kernels import parity
 from convnext_kernels.backends import interpreting
 from convnext_kernels.cli.compile_ahead import compiled_ahead
-from convnext_kernels.cli.errors import CommandError, at_least, names, writable
+from convnext_kernels.cli.errors import CommandError, at_least, first_line, names, writable
 from convnext_kernels.cli.machine import device_name, find_device, versions
 from convnext_kernels.cli.measure import Timing, captured, measure_over, over, rotation, warm_up
 from convnext_kernels.cli.output import console, save_json
@@ -175,10 +175,6 @@ def fastest(timings: Mapping[Any, Timing], rule: Any) -> tuple[Any, float] | Non
     return None if config is None else (config, speedup)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
 def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in_turn) -> Outcome:
     """Checks and times every candidate of a kernel."""
     first = workload.draw(device, seed=0)
@@ -201,7 +197,7 @@ def tune_kernel(workload: Workload, device: torch.device, timer: Timer = time_in
             try:
                 difference = disagreement(call(first), expected)
             except Exception as error:  # such as too much shared memory: a result, not the end
-                outcome.failed[config] = _first_line(error)
+                outcome.failed[config] = first_line(error)
                 continue
             if difference is None:
                 calls[config] = call
@@ -254,7 +250,7 @@ def tune(
                 outcome = tune_kernel(workload, options.device, timer)
             except RuntimeError as error:  # such as too little memory: not the end for the other kernels
                 rule = workload.tunable.rule(*workload.key)
-                outcomes.append(Outcome(workload, None, failed={rule: _first_line(error)}))
+                outcomes.append(Outcome(workload, None, failed={rule: first_line(error)}))
             else:
                 outcomes.append(outcome)
                 entries.pop(workload.name, None)

@@ -1,5 +1,6 @@
 """Bad arguments: one line on stderr and exit code 2, before any work."""
 
+import os
 import sys
 
 import pytest
@@ -48,6 +49,14 @@ def no_work(monkeypatch):
 def test_a_bad_argument_is_named(arguments, named, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert named in refusal(main, arguments, capsys)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_folder_in_which_nothing_may_be_written_is_named(option, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    path = tmp_path / "file.png"
+    assert f"{option}: cannot write {path}; accepted" in refusal(main, ["bench", option, str(path)], capsys)
 
 
 @pytest.mark.usefixtures("no_work")
