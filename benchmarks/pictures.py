@@ -88,13 +88,12 @@ def roofline(record: Record, figure: Any) -> None:
     """Operators between the roofs that a copy and a product of the same run set."""
     points, (copy, products) = roofline_points(record), measured_ceilings(record)
     axis = figure.subplots()
-    points_left = min(point.intensity for point in points)
-    xs = [points_left / 3, max(point.intensity for point in points) * 3]
     top = max(products.values())
     knee = top / copy
-    ridge = sorted({*xs, knee})
-    axis.plot(ridge, [min(copy * x, top) for x in ridge], color=INK, linewidth=1.5)
-    middle = (points_left * knee) ** 0.5
+    intensities = [knee, *(point.intensity for point in points)]
+    xs = [min(intensities) / 3, max(intensities) * 3]
+    axis.plot([xs[0], knee, xs[1]], [copy * xs[0], top, top], color=INK, linewidth=1.5)
+    middle = (xs[0] * knee) ** 0.5
     beside = {"textcoords": "offset points", "color": INK, "ha": "left", "va": "top"}
     axis.annotate(f"copy: {copy:.2f} TB/s", (middle, copy * middle), (8, 0), **beside)
     names = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in products.items())
@@ -219,14 +218,17 @@ def speedups(record: Record, figure: Any) -> None:
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     width = 0.84 / len(dtypes)
     for axis, (title, groups) in zip(axes, panels.items(), strict=True):
-        _draw_bars(axis, groups, dtypes, lambda row: value(row, OVER_EAGER), "{:.2f}x", least=1)
+        levels = {
+            (x, dtypes.index(dtype)): ours * compiled[title, group, dtype]
+            for x, (group, of_group) in enumerate(groups.items())
+            for dtype, row in of_group.items()
+            if (ours := value(row, OVER_EAGER)) and (title, group, dtype) in compiled
+        }
+        _draw_bars(axis, groups, dtypes, lambda row: value(row, OVER_EAGER), "{:.2f}x", max([1, *levels.values()]))
         axis.axhline(1, color=INK, linewidth=1)
-        for x, (group, of_group) in enumerate(groups.items()):
-            for index, dtype in enumerate(dtypes):
-                ours = value(of_group[dtype], OVER_EAGER) if dtype in of_group else None
-                if ours and (title, group, dtype) in compiled:
-                    at, level = x + (index - (len(dtypes) - 1) / 2) * width, ours * compiled[title, group, dtype]
-                    axis.plot([at - 0.55 * width, at + 0.55 * width], [level] * 2, color="black", linewidth=2.5)
+        for (x, index), level in levels.items():
+            at = x + (index - (len(dtypes) - 1) / 2) * width
+            axis.plot([at - 0.55 * width, at + 0.55 * width], [level] * 2, color="black", linewidth=2.5)
         axis.set_title(title, loc="left", weight="bold")
         axis.set_ylabel("speed over eager")
     line = optional("matplotlib.lines").Line2D([], [], color="black", linewidth=2.5, label="best torch.compile")
@@ -317,7 +319,7 @@ def waterfall(record: Record, figure: Any) -> None:
             axis.plot([x + 0.31, x + 0.69], [edge] * 2, color=INK, linewidth=0.8)
     axis.set_xticks(range(len(bars)), [name for name, *_ in bars])
     axis.set_ylabel("milliseconds")
-    axis.set_ylim(0, 1.12 * found.eager)
+    axis.set_ylim(0, 1.12 * max(max(bottom, bottom + height) for _, bottom, height, _ in bars))
     axis.grid(axis="y", color=GRID)
     axis.set_title(f"Forward of a block, {found.shape}", loc="left", weight="bold")
 

@@ -52,6 +52,27 @@ def cpu_record():
     return content
 
 
+@pytest.fixture(scope="module")
+def slow_record():
+    """Where torch.compile is faster than ours, and our convolution slower than PyTorch's."""
+    content = gpu_record()
+    for part, row in rows(content):
+        if is_ours(row["contender"]) and part == "compiled":
+            for name in row["figures"]:
+                row["figures"][name]["value"] = 0.4
+        if is_ours(row["contender"]) and part == "depthwise":
+            row["milliseconds"] *= 5
+    return content
+
+
+def of_parts(*names):
+    """A record in which these parts alone were measured."""
+    content = gpu_record()
+    for name in content["parts"].keys() - set(names):
+        content["parts"][name]["results"] = []
+    return content
+
+
 def test_the_roofline_has_every_operator_counted(record):
     points = roofline_points(record)
     cases = {str(row["case"]) for part, row in rows(record) if part in ("depthwise", "mlp", "blocks")}
@@ -106,21 +127,40 @@ def boxes(figure):
         yield "legend", legend.get_window_extent(renderer)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-@pytest.mark.parametrize("which", ["record", "cpu_record"])
-def test_nothing_in_a_picture_overlaps(name, which, request):
-    content = request.getfixturevalue(which)
-    figure = draw(content, name)
-    if which == "cpu_record" and name in ("roofline", "waterfall"):
-        assert figure is None
-        return
+def assert_legible(figure):
+    """Nothing overlaps and nothing is cut off, neither what is written nor what is drawn."""
     written = list(boxes(figure))
     assert len(written) > 5 and all(axis.get_ylabel() for axis in figure.axes)
+    for axis in figure.axes:
+        for drawn in (*axis.lines, *axis.patches):
+            bottom, top = drawn.get_window_extent().intervaly
+            assert axis.bbox.y0 - 1 <= bottom and top <= axis.bbox.y1 + 1, drawn
     inside = figure.bbox.padded(1)
     cut = [text for text, box in written if not (inside.contains(*box.min) and inside.contains(*box.max))]
     assert cut == []
     overlapping = [(a, b) for (a, box), (b, other) in combinations(written, 2) if box.padded(-1).overlaps(other)]
     assert overlapping == []
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("which", ["record", "cpu_record", "slow_record"])
+def test_a_picture_is_legible(name, which, request):
+    figure = draw(request.getfixturevalue(which), name)
+    if which == "cpu_record" and name in ("roofline", "waterfall"):
+        assert figure is None
+    else:
+        assert_legible(figure)
+
+
+@pytest.mark.parametrize("part", ["depthwise", "mlp", "blocks"])
+def test_a_roofline_of_one_part_is_legible(part):
+    """Both roofs are in it."""
+    figure = draw(of_parts("ceilings", part), "roofline")
+    assert_legible(figure)
+    (axis,) = figure.axes
+    heights = axis.lines[0].get_ydata()
+    left, right = axis.get_xlim()
+    assert heights[0] < heights[1] == heights[2] and list(axis.lines[0].get_xdata())[::2] == [left, right]
 
 
 @pytest.fixture(scope="module")
