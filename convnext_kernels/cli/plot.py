@@ -88,6 +88,12 @@ def _quartiles(row: Row) -> tuple[float, float]:
     return batch / slow, batch / fast
 
 
+def _short(speed: float) -> str:
+    """No wider than a bar: labels of neighbours would meet."""
+    scaled, unit = (speed / 1e6, "M") if speed >= 1e6 else (speed / 1e3, "k") if speed >= 1e4 else (speed, "")
+    return f"{scaled:,.{0 if scaled >= 100 else 1}f}{unit}"
+
+
 def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
     groups = _groups(rows)
     contenders = [name for name in COLOURS if any(row.contender == name for row in rows)]
@@ -109,11 +115,10 @@ def _draw_bars(axis: Any, rows: Sequence[Row]) -> None:
             yerr=error,
             error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 3},
         )
-        speed = f"{row.images_per_second:,.{0 if row.images_per_second >= 100 else 1}f}"
-        label = f"{speed}\n{row.ratio_to_eager:.2f}x"
+        label = f"{_short(row.images_per_second)}\n{row.ratio_to_eager:.2f}x"
         weight = "bold" if row.contender == OURS else "normal"
         axis.text(x, fast + 0.015 * top, label, ha="center", va="bottom", fontsize=10, weight=weight)
-    axis.yaxis.set_major_formatter("{x:,.5g}")
+    axis.yaxis.set_major_formatter("{x:,.10g}")
     several = len({model for model, _ in groups}) > 1
     labels = [(f"{model}\n" if several else "") + mode.replace(", ", "\n") for model, mode in groups]
     axis.set_xticks(range(len(groups)), labels)
