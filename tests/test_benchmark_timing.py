@@ -189,7 +189,7 @@ def test_the_reference_on_a_gpu_is_an_error():
         warnings.warn("mlp runs the plain PyTorch reference on a GPU: no triton", stacklevel=1)
 
 
-def test_a_case_that_raises_leaves_the_others(tmp_path, capsys):
+def test_a_case_that_raises_leaves_the_others(tmp_path):
     path = tmp_path / "results.json"
 
     def measure(case):

@@ -7,7 +7,7 @@ import torch
 from support import refusal
 
 from benchmarks import block, reporting, timing, training_step
-from benchmarks.block import BACKWARD, FORWARD, TARGETS, TIMM, Case, check, main, measure, run, timm_block
+from benchmarks.block import BACKWARD, FORWARD, TIMM, Case, check, main, measure, run, timm_block
 from benchmarks.training_step import DROPPING, OURS, RECOMPUTING, SAVING, Step
 from convnext_kernels.cli import measure as measuring
 from convnext_kernels.cli.measure import Timing
@@ -78,16 +78,6 @@ def test_the_flops_are_those_of_the_block():
     with FlopCounterMode(display=False) as counter:
         run(case, modules[EAGER], tensors)
     assert counter.get_total_flops() == case.flops
-
-
-def test_the_targets():
-    speedups = {(mode, compiled): list(of.items()) for (mode, compiled), of in TARGETS.items()}
-    assert speedups == {
-        (FORWARD, False): [(96, 3), (192, 3), (384, 1.8), (768, 1.4)],
-        (FORWARD, True): [(96, 2), (192, 2), (384, 1.4), (768, 1.2)],
-        (BACKWARD, False): [(96, 2.2), (192, 2.2), (384, 1.5), (768, 1.25)],
-        (BACKWARD, True): [(96, 1.7), (192, 1.7), (384, 1.3), (768, 1.1)],
-    }
 
 
 def test_what_is_written_and_the_verdicts(known_times, tmp_path, capsys):

@@ -166,8 +166,7 @@ def test_a_bad_argument_is_named(arguments, text, capsys):
 
 def test_without_a_gpu_it_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([]) == 2
-    assert capsys.readouterr().err == "depthwise: needs an NVIDIA GPU that PyTorch can use; there is none\n"
+    assert refusal(main, [], capsys) == "depthwise: needs an NVIDIA GPU that PyTorch can use; there is none\n"
 
 
 @pytest.mark.gpu

@@ -102,7 +102,7 @@ def test_targets():
     assert target.met(1.6) and not target.met(1.61) and not target.met(float("nan"))
 
 
-def test_what_is_written_and_the_verdicts(known_times, tmp_path, capsys, monkeypatch):
+def test_what_is_written_and_the_verdicts(known_times, tmp_path, capsys):
     """The floor is what the slower of copy and product allows: here the product, 1 ms for 2 x 32^3 operations."""
     path = tmp_path / "mlp.json"
     assert main([*SMALL, "--json", str(path)]) == 0
@@ -220,7 +220,7 @@ def test_it_says_before_what_it_will_do(known_times, capsys):
     assert "0 s  forward, bfloat16, 50 tokens x 24" in captured.err
 
 
-def test_the_default_fits_in_five_minutes(capsys):
+def test_the_default_fits_in_five_minutes():
     options = mlp._parser().parse_args([])
     cases = mlp.choose_cases(options)
     assert {case.channels for case in cases if case.mode == FORWARD} == set(mlp.CHANNELS)

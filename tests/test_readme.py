@@ -84,7 +84,7 @@ def test_two_commands_of_one_line_each():
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.strip().splitlines()[-1][:40])
-def test_example_runs(example, capsys):
+def test_example_runs(example):
     exec(compile(example, "README.md", "exec"), {})
 
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("matplotlib")
 from legible import assert_legible, boxes
+from support import refusal
 from synthetic_record import SLOWNESS, TUNED_MODELS, gpu_record
 
 from benchmarks import pictures, report
@@ -231,6 +232,5 @@ def test_what_cannot_be_written_is_named(tmp_path, cpu_record, capsys):
 def test_what_is_no_record_is_named(tmp_path, capsys):
     path = tmp_path / "foreign.json"
     path.write_text('{"results": []}')
-    assert main([str(path)]) == 2
-    assert capsys.readouterr().err == f"report: {path}: was not written by python -m benchmarks\n"
+    assert refusal(main, [str(path)], capsys) == f"report: {path}: was not written by python -m benchmarks\n"
     assert not path.with_suffix(".html").exists()

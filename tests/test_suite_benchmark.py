@@ -165,7 +165,7 @@ def test_a_part_that_wrote_nothing_has_no_results(part, tmp_path):
         assert list(part.read(suite._read(tmp_path / name))) == []
 
 
-def test_the_host_side_of_calls(tmp_path):
+def test_the_host_side_of_calls():
     """What pytest-benchmark writes, in seconds; a block alone has a target."""
     stats = {"median": 2e-5, "q1": 1.9e-5, "q3": 2.2e-5}
     calls = [("ConvNeXtBlock", False), ("ConvNeXtBlock", True), ("mlp", False)]

@@ -63,8 +63,7 @@ def test_a_folder_in_which_nothing_may_be_written_is_named(option, tmp_path, cap
 @pytest.mark.parametrize("missing", ["sklearn.datasets", "PIL.Image", "matplotlib"])
 def test_a_missing_library_is_named_with_the_extra(missing, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, missing, None)
-    assert main(["bench", "--device", "cpu", "--plot", str(tmp_path / "picture.png")]) == 2
-    message = capsys.readouterr().err
+    message = refusal(main, ["bench", "--device", "cpu", "--plot", str(tmp_path / "picture.png")], capsys)
     assert missing in message and "pip install 'convnext-kernels[bench]'" in message
 
 

@@ -35,7 +35,7 @@ def test_measures_models_and_blocks(bench, tmp_path, capsys):
     assert min(Image.open(picture).size) > 500
 
 
-def test_an_interrupted_run_keeps_what_it_has(bench, tmp_path, monkeypatch):
+def test_an_interrupted_run_keeps_what_it_has(bench, monkeypatch):
     """The first task's results are in the file when the second one is interrupted."""
     measured = []
 
