@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import ROOT
-from convnext_kernels.cli.errors import command, writable
+from convnext_kernels.cli.errors import CommandError, command, positive, writable
 from convnext_kernels.cli.output import save_json
 from convnext_kernels.functional import OPERATORS
 
@@ -111,8 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=2, metavar="N", help="end the run then (%(default)g)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what passed and failed")
     options = parser.parse_args(arguments)
-    path = writable("--json", options.json)
-    recorder = run(path, options.minutes, options.tests)
+    path, minutes = writable("--json", options.json), positive("--minutes", options.minutes)
+    for test in options.tests:
+        if not Path(test.partition("::")[0]).exists():
+            raise CommandError(f"tests: got {test!r}; accepted: existing files or folders")
+    recorder = run(path, minutes, options.tests)
     return 1 if any(tests.failed for tests in recorder.tests.values()) else 0
 
 

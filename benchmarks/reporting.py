@@ -19,7 +19,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from benchmarks.timing import PARITY_FAILED, Measured, failure_of, fair, find_gpu, header
-from convnext_kernels.cli.errors import CommandError, at_least, writable
+from convnext_kernels.cli.errors import at_least, positive, writable
 from convnext_kernels.cli.output import console, save_json, write_json
 
 Case = TypeVar("Case")
@@ -227,9 +227,7 @@ def run_cases(
     """
     path, device = writable("--json", options.json), find_gpu()
     rounds = at_least("--rounds", options.rounds, 1)
-    if not options.minutes > 0:
-        raise CommandError(f"--minutes: got {options.minutes:g}; accepted: more than 0")
-    head = header(device, rounds=rounds, minutes=options.minutes)
+    head = header(device, rounds=rounds, minutes=positive("--minutes", options.minutes))
     if device is None:
         print("there is no NVIDIA GPU that PyTorch can use: nothing is timed; the counts, and the targets:")
         rows, unmeasured = [row for case in cases for row in plan(case)], {}

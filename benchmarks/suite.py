@@ -26,7 +26,7 @@ from benchmarks.parts import PARTS, Part
 from benchmarks.readme import ROOT
 from benchmarks.record import FORMAT, KIND, Record, is_ours, refuse, rows
 from benchmarks.timing import clocks, find_gpu, header
-from convnext_kernels.cli.errors import CommandError, names, writable
+from convnext_kernels.cli.errors import CommandError, names, positive, writable
 from convnext_kernels.cli.output import save_json
 
 MINUTES = 8.0
@@ -260,8 +260,7 @@ def main(arguments: list[str] | None = None, parts: Sequence[Part] = PARTS) -> i
     """Returns 0; 2 where the arguments do not fit; 128 and the signal's number where one interrupted the run."""
     options = _parser(parts).parse_args(arguments)
     try:
-        if not options.minutes > 0:
-            raise CommandError(f"--minutes: got {options.minutes:g}; accepted: more than 0")
+        positive("--minutes", options.minutes)
         device = find_gpu()
         left_out = leave_out(parts, options.only, device is not None)
         path = options.json or default_path(device)

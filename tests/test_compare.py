@@ -80,6 +80,15 @@ def test_what_is_printed_and_the_exit_code(strict, code, tmp_path, capsys):
     assert "0 faster, 1 slower, 1 within the spread" in printed and "different devices" in printed
 
 
+@pytest.mark.parametrize("lost", [{"refused": "parity failed"}, {"milliseconds": None, "failure": "out of memory"}])
+def test_why_a_time_was_lost_is_printed(lost, tmp_path, capsys):
+    files = [written(tmp_path, "a.json", BEFORE | {"driver": "580"}), written(tmp_path, "b.json", changed(**lost))]
+    assert main(files) == 0
+    printed = capsys.readouterr().out
+    assert "lost its time │" in printed and [*lost.values()][-1] in printed
+    assert "before: GPU, driver 580, PyTorch None, " in printed and "after:  GPU, PyTorch None, " in printed
+
+
 def test_the_same_file_has_no_changes(tmp_path, capsys):
     """What has no time is within no spread."""
     path = written(tmp_path, "a.json", record_of(*BEFORE["parts"]["mlp"]["results"], result("cuda", None, 0, 0)))

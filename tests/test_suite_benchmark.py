@@ -325,6 +325,18 @@ def test_the_operator_of_a_test(nodeid, operator):
     assert gpu_tests.operator_of(nodeid) == operator
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["tests/ops/no_such_file.py::test"], "tests: got 'tests/ops/no_such_file.py::test'; accepted: existing files"),
+        (["--minutes", "nan"], "--minutes: got nan; accepted: more than 0"),
+    ],
+)
+def test_a_bad_argument_of_the_gpu_tests_is_named(arguments, text, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_tests.pytest, "main", lambda *arguments, **options: 4)
+    assert text in refusal(gpu_tests.main, arguments, capsys)
+
+
 def test_what_tells_most_comes_first():
     names = ["test_offsets_past_32_bits[cuda]", "test_every_published_width_on_a_gpu[40]", "test_cuda_graph[triton]"]
     items = [SimpleNamespace(name=name) for name in (*names, *(f"test_gpu_parity[{i}]" for i in range(9)))]

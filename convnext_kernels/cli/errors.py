@@ -66,6 +66,13 @@ def at_least(option: str, value: int, minimum: int) -> int:
     return value
 
 
+def positive(option: str, value: float) -> float:
+    """Checks a number given to an option; NaN is refused too."""
+    if not value > 0:
+        raise CommandError(f"{option}: got {value:g}; accepted: more than 0")
+    return value
+
+
 def writable(option: str, path: Path | None) -> Path | None:
     """Checks, before any work, that the folder of a file to be written exists and that files may be made in it."""
     if path is not None:

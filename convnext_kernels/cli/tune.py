@@ -26,7 +26,7 @@ from torch import Tensor
 from convnext_kernels import parity
 from convnext_kernels.backends import interpreting
 from convnext_kernels.cli.compile_ahead import compiled_ahead
-from convnext_kernels.cli.errors import CommandError, at_least, first_line, names, writable
+from convnext_kernels.cli.errors import CommandError, at_least, first_line, names, positive, writable
 from convnext_kernels.cli.machine import device_name, find_device, versions
 from convnext_kernels.cli.measure import Timing, captured, measure_over, over, rotation, warm_up
 from convnext_kernels.cli.output import console, save_json
@@ -116,8 +116,7 @@ def _chosen_networks(arguments: argparse.Namespace) -> list[list[Stage]]:
 def check_options(arguments: argparse.Namespace) -> Options:
     """Checks every argument, and that there is what to measure on, before any work."""
     networks, precisions = _chosen_networks(arguments), names("--dtype", arguments.dtype, PRECISIONS, ["bfloat16"])
-    if not arguments.minutes > 0:
-        raise CommandError(f"--minutes: got {arguments.minutes}; accepted: more than 0")
+    positive("--minutes", arguments.minutes)
     output, device = writable("--output", arguments.output), find_device(arguments.device)
     if not arguments.dry_run:
         if device.type != "cuda":

@@ -263,7 +263,7 @@ def test_other_processes_compile_every_candidate(tmp_path, monkeypatch):
         (["--widths", "96,x"], "--widths: got 'x'"),
         (["--widths", "0"], "--widths: got 0"),
         (["--dtype", "float64"], "--dtype: got 'float64'"),
-        (["--minutes", "0"], "--minutes: got 0.0"),
+        (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
         (["--minutes", "nan"], "--minutes: got nan"),
         (["--output", "/no/such/folder/table.json"], "--output: cannot write"),
         (["--device", "toaster"], "--device: got 'toaster'"),
