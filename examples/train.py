@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from training.data import PART
 from training.learner import AMP
 from training.loop import FAILED, REFUSED, Trainer
 from training.processes import join
@@ -93,12 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kernels", "on", "this package's operators, or plain PyTorch", choices=("on", "off"))
     add("--device", "auto", "where to compute", choices=("auto", "cpu", "cuda"))
     add("--seed", 0, "of weights, order and augmentation", "[0, 4294967295]")
-    add(
-        "--workers",
-        8,
-        "processes that read, for each that trains; each has two of its batches in shared memory",
-        "[0, inf)",
-    )
+    add("--workers", 8, f"readers for each process; each has up to {4 * PART} images in /dev/shm", "[0, inf)")
     add("--log-every", 50, "steps between rows of steps.csv", "[1, inf)")
     add("--save-every", 0, "steps between checkpoints, beside those after epochs; 0: none", "[0, inf)")
 
@@ -184,7 +181,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = Trainer(options, join(options.device))
         code, expected = FAILED, (OSError, FloatingPointError)
         return trainer.run()
-    except expected as error:
+    except Exception as error:
+        # Workers end with the frames that read from them; for one that is left at its exit Python waits for ever.
+        traceback.clear_frames(error.__traceback__)
+        if not isinstance(error, expected):
+            raise
         print(f"train.py: {error}", file=sys.stderr)
         return code
     finally:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 """Signals after which a training saves and ends."""
 
+PART = 16
+"""Images that a worker reads at a time."""
+
 PADDING = -1
 """The label of an image that fills up a batch of the evaluation and counts for nothing."""
 
 
 class Unreadable:
-    """Stands for a sample, then for its batch, where an image could not be read.
+    """Stands for a sample, then for its batch, where an image could not be read, or not be handed on.
 
     It travels as a value because a worker's exception arrives as the text of its traceback.
     """
@@ -190,7 +193,11 @@ class TrainingOrder:
 
 
 def collate(samples: list[Any]) -> list[Tensor] | Unreadable:
-    return next((sample for sample in samples if isinstance(sample, Unreadable)), None) or default_collate(samples)
+    broken = next((sample for sample in samples if isinstance(sample, Unreadable)), None)
+    try:
+        return broken or default_collate(samples)
+    except RuntimeError as error:  # a worker's images go straight into shared memory
+        return Unreadable(f"--workers: got no memory for an image; accepted: fewer, 0, or a larger /dev/shm: {error}")
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
@@ -199,8 +206,49 @@ def leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-loader = partial(DataLoader, collate_fn=collate, worker_init_fn=leave_signals_to_the_trainer)
-"""Of `TrainingImages` with the steps of a `TrainingOrder`, or of `ValidationImages`."""
+@dataclass(frozen=True)
+class Batches:
+    """Images [N, 3, H, W], channels last, and labels [N], on a device, for each list of keys; or what was unreadable.
+
+    Workers read a batch in parts, and the device puts it together: in shared memory two parts wait for each worker,
+    however large the batch is, beside as many of an evaluation.
+    """
+
+    images: Dataset
+    keys: Iterable[list[Any]]
+    workers: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | Unreadable]:
+        ahead, keys = tee(self.keys)
+        parts = iter(
+            DataLoader(
+                self.images,
+                batch_sampler=chain.from_iterable(map(cut, ahead)),
+                num_workers=self.workers,
+                collate_fn=collate,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=leave_signals_to_the_trainer,
+            )
+        )
+        for batch in keys:
+            yield self._together(islice(parts, len(cut(batch))))
+
+    def _together(self, parts: Iterable[list[Tensor] | Unreadable]) -> tuple[Tensor, Tensor] | Unreadable:
+        on_device = []
+        for part in parts:
+            if isinstance(part, Unreadable):
+                return part
+            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in part)
+            # On a CPU too this is a copy: no more than a part stays in shared memory.
+            on_device.append((images.contiguous(memory_format=torch.channels_last), labels))
+        images, labels = map(torch.cat, zip(*on_device, strict=True))
+        return images, labels
+
+
+def cut(keys: list[Any]) -> list[list[Any]]:
+    """The parts of a batch: small ones cost no more time, measured down to 8 images."""
+    return [keys[first : first + PART] for first in range(0, len(keys), PART)]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils.data import BatchSampler
 
 from training import checkpoint, data
 from training.files import CsvLog, claim
@@ -104,17 +105,12 @@ class Trainer:
             tuple(options.crop_scale), options.flip, options.rand_augment, options.random_erasing
         )
         self.mixing = data.Mixing(options.mixup, options.cutmix, len(training.classes))
-        shared = {"num_workers": options.workers, "pin_memory": world.device.type == "cuda"}
-        self.training = data.loader(
-            data.TrainingImages(training, augmentation, resolutions, options.seed),
-            batch_sampler=self.order.steps(self.step, self.total),
-            **shared,
-        )
-        self.validation = data.loader(
-            data.ValidationImages(validation, data.central(resolutions[-1], options.crop), world.rank, world.size),
-            batch_size=-(-options.batch_size // (world.size * options.accumulate)),
-            **shared,
-        )
+        images = data.TrainingImages(training, augmentation, resolutions, options.seed)
+        self.training = data.Batches(images, self.order.steps(self.step, self.total), options.workers, world.device)
+        central = data.central(resolutions[-1], options.crop)
+        images = data.ValidationImages(validation, central, world.rank, world.size)
+        evaluated = BatchSampler(range(len(images)), -(-options.batch_size // (world.size * options.accumulate)), False)
+        self.validation = data.Batches(images, evaluated, options.workers, world.device)
 
     def run(self) -> int:
         """Trains to the end, or to the first reason to stop; returns the exit code."""
@@ -153,9 +149,9 @@ class Trainer:
         if self.exit_code and self.step > self.saved:
             self._save()
 
-    def _batches(self, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches on this process's device, until one of the processes has a reason to stop: `exit_code`."""
-        for batch in loader:
+    def _batches(self, batches: data.Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches, until one of the processes has a reason to stop: `exit_code`."""
+        for batch in batches:
             unreadable = isinstance(batch, data.Unreadable)
             if unreadable:
                 print(f"train.py: {batch.message}", file=sys.stderr)
@@ -163,9 +159,7 @@ class Trainer:
             self.exit_code = self.world.highest(reason)
             if self.exit_code:
                 return
-            images, labels = batch
-            images = images.to(self.world.device, memory_format=torch.channels_last, non_blocking=True)
-            yield images, labels.to(self.world.device, non_blocking=True)
+            yield batch
 
     def _train(self, images: Tensor, labels: Tensor) -> int:
         """One step; returns the number of images."""

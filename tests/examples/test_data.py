@@ -9,6 +9,8 @@ from PIL import Image
 from training import data
 from training.randomness import seed_of, seeded
 
+CPU = torch.device("cpu")
+
 AUGMENTATION = data.Augmentation(crop_scale=(0.1, 1.0), flip=0.5, rand_augment=9, erasing=0.5)
 
 
@@ -141,11 +143,28 @@ def test_an_unreadable_image_is_named(folder, content):
     path = folder / "train" / "cat" / "1.png"
     path.write_bytes(path.read_bytes()[:150] if content == "truncated" else content)
     images = data.TrainingImages(data.open_data(str(folder))[0], AUGMENTATION, [8], seed=0)
-    loader = data.loader(images, batch_sampler=[[(0, 0), (0, 1)], [(0, 2), (0, 3)]])
-    broken, whole = loader
+    broken, whole = data.Batches(images, [[(0, 0), (0, 1)], [(0, 2), (0, 3)]], 0, CPU)
     assert isinstance(broken, data.Unreadable)
     assert str(path) in broken.message and "cannot be read" in broken.message
     assert whole[0].shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_put_together_of_what_workers_read(workers):
+    images = torch.randn(100, 3, 4, 4)
+    steps = [torch.randperm(100)[:size].tolist() for size in (5, 3 * data.PART + 1, data.PART)]
+    batches = data.Batches([(image, label) for label, image in enumerate(images)], iter(steps), workers, CPU)
+    for (got, labels), step in zip(batches, steps, strict=True):
+        assert torch.equal(got, images[step]) and labels.tolist() == step
+        assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_large_batch_is_read_in_small_parts(monkeypatch):
+    """Else a step of 4096 images would wait in shared memory, twice for each worker."""
+    sizes, collate = [], data.collate
+    monkeypatch.setattr(data, "collate", lambda samples: sizes.append(len(samples)) or collate(samples))
+    ((images, _),) = data.Batches(100 * [(torch.zeros(3, 1, 1), 0)], [list(range(100))], 0, CPU)
+    assert len(images) == sum(sizes) == 100 and max(sizes) == data.PART
 
 
 def test_mixing_draws_either_kind():

@@ -2,7 +2,9 @@
 
 import random
 import signal
+from multiprocessing import active_children
 from pathlib import Path
+from traceback import clear_frames
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import train
 from launch import python, stop_at, torchrun
 from training import data
 from training.files import CsvLog, read_log, replacing
+from training.learner import Learner
 from training.loop import FAILED, REFUSED, STOPPED
 from training.processes import Processes
 
@@ -230,6 +233,26 @@ def test_an_unreadable_image_for_validation_stops_the_run_until_it_is_there(fold
     broken.write_bytes(whole)
     assert run_folder(folder, "--resume") == 0
     assert len(read_log(folder / "run" / "epochs.csv")) == 3
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("unable to allocate")
+
+
+def test_images_that_find_no_shared_memory_stop_the_run(folder, capsys, monkeypatch):
+    monkeypatch.setattr(data, "default_collate", fail)
+    assert run_folder(folder) == FAILED
+    assert "--workers: got no memory for an image; accepted: fewer, 0, or a larger" in capsys.readouterr().err
+
+
+def test_workers_end_with_a_run_that_fails(folder, monkeypatch):
+    """One that is left, and ignores SIGTERM, would keep the process from its exit."""
+    monkeypatch.setattr(Learner, "evaluate", lambda _, batches: [fail() for _ in batches])
+    with pytest.raises(RuntimeError) as failure:
+        run_folder(folder, "--workers", "1")
+    left = active_children()
+    clear_frames(failure.tb)  # else pytest would not end either
+    assert str(failure.value) == "unable to allocate" and not left
 
 
 @pytest.mark.parametrize("log_every", ["1", "100"])
