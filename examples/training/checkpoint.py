@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ def write(path: Path, state: Mapping[str, Any]) -> None:
             raise OSError(f"{path} cannot be written, is the disk full? {error}") from error
 
 
-def read(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads what `write` wrote, of a run with these options.
+def read(path: Path, options: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """Reads what `write` wrote, of a run with these options and classes; older files have no names of classes.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is corrupt, no checkpoint of this trainer, or of a run with other options; the message names
-            them.
+        ValueError: it is corrupt, no checkpoint of this trainer, or of a run with other options or classes; the message
+            names them.
     """
     state = read_checkpoint(path)
     if not {"model", "optimizer", "step", "options"} <= state.keys():
@@ -53,6 +53,9 @@ def read(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     ]
     if differing:
         raise ValueError(f"--resume: {path} is of another run: {', '.join(differing)}")
+    for number, (got, accepted) in enumerate(zip(classes, state.get("class_names", classes), strict=True)):
+        if got != accepted:
+            raise ValueError(f"--data: got {got} as class {number}; accepted: {accepted}, as in {path}")
     return state
 
 

@@ -56,10 +56,11 @@ class Trainer:
         self.order = data.TrainingOrder(len(training), options.batch_size, options.seed, world.rank, world.size)
         self.per_epoch = self.order.steps_per_epoch
         self.total = options.epochs * self.per_epoch
-        self.sizes = {"images": len(training), "classes": len(training.classes), "steps_per_epoch": self.per_epoch}
+        self.classes = list(training.classes)
+        self.sizes = {"images": len(training), "classes": len(self.classes), "steps_per_epoch": self.per_epoch}
 
-        model = build_model(options, len(training.classes))
-        state = checkpoint.read(self.last, self._identity()) if self.last.exists() else None
+        model = build_model(options, len(self.classes))
+        state = checkpoint.read(self.last, self._identity(), self.classes) if self.last.exists() else None
         if state is None and options.init:
             self._say(f"{options.init}: {initialise(model, options.init, options.head_scale)}")
         self.step = self.saved = state["step"] if state else 0
@@ -104,7 +105,7 @@ class Trainer:
         augmentation = data.Augmentation(
             tuple(options.crop_scale), options.flip, options.rand_augment, options.random_erasing
         )
-        self.mixing = data.Mixing(options.mixup, options.cutmix, len(training.classes))
+        self.mixing = data.Mixing(options.mixup, options.cutmix, len(self.classes))
         images = data.TrainingImages(training, augmentation, resolutions, options.seed)
         self.training = data.Batches(images, self.order.steps(self.step, self.total), options.workers, world.device)
         central = data.central(resolutions[-1], options.crop)
@@ -196,7 +197,8 @@ class Trainer:
 
     def _save(self) -> None:
         self._figures()  # weights that are no numbers must not replace those before
-        state = self.learner.state() | {"step": self.step, "options": self._identity()}
+        place = {"step": self.step, "options": self._identity(), "class_names": self.classes}
+        state = self.learner.state() | place
         if self.world.is_first:
             checkpoint.write(self.last, state)
         self.saved = self.step

@@ -223,6 +223,19 @@ def test_an_unreadable_image_stops_the_run_after_it_was_saved(folder, capsys):
     assert len(read_log(folder / "run" / "steps.csv")) == 18
 
 
+def test_a_run_is_not_resumed_with_other_classes(folder, capsys):
+    assert run_folder(folder) == 0
+    for part in ("train", "val"):
+        (folder / part / "1").rename(folder / part / "-1")
+    assert run_folder(folder, "--resume") == REFUSED
+    last = folder / "run" / "last.pt"
+    assert capsys.readouterr().err == f"train.py: --data: got -1 as class 0; accepted: 0, as in {last}\n"
+    state = torch.load(last)
+    assert state.pop("class_names") == ["0", "1"]
+    torch.save(state, last)
+    assert run_folder(folder, "--resume") == 0
+
+
 def test_an_unreadable_image_for_validation_stops_the_run_until_it_is_there(folder):
     broken = folder / "val" / "1" / "0.png"
     whole = broken.read_bytes()
