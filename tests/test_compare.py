@@ -97,6 +97,11 @@ def test_the_same_file_has_no_changes(tmp_path, capsys):
     assert "0 faster, 0 slower, 2 within the spread" in printed and "different devices" not in printed
 
 
+def test_a_case_in_words():
+    case = {"mode": "forward", "autograd": True, "compiled": False, "tokens": 100_352, "drop_path_rate": 0.5}
+    assert record.label(case) == "forward, autograd, tokens 100,352, drop path rate 0.5"
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -112,6 +117,7 @@ def test_the_same_file_has_no_changes(tmp_path, capsys):
         (json.dumps(record_of(result("triton", 2.0, 1.9, "high"))), "is damaged"),
         (json.dumps(changed(quartiles=None)), "is damaged"),
         (json.dumps(changed(figures={"speedup": 3})), "is damaged"),
+        (json.dumps(changed(figures={"speedup": {}})), "is damaged"),
     ],
 )
 def test_what_is_no_record_is_named(content, text, tmp_path, capsys):
