@@ -34,7 +34,7 @@ from benchmarks.timing import (
     refusal,
 )
 from convnext_kernels import parity
-from convnext_kernels.cli.errors import CommandError, at_least, command, names, writable
+from convnext_kernels.cli.errors import CommandError, at_least, command, names, positive, writable
 from convnext_kernels.cli.measure import SAMPLE_MILLISECONDS, rotation
 from convnext_kernels.cli.output import console
 
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     batches = [at_least("--batch", batch, 1) for batch in options.batch or BATCHES[: 1 if options.quick else None]]
     dtypes = names("--dtype", options.dtype, parity.DTYPES, ["bfloat16"])
     only = names("--only", options.only, OPERATIONS, tuple(OPERATIONS))
-    path, device = writable("--json", options.json), find_gpu()
+    minutes, path, device = positive("--minutes", options.minutes), writable("--json", options.json), find_gpu()
     if device is None:
         raise CommandError("needs an NVIDIA GPU that PyTorch can use; there is none")
     cases = [Case(name, *case) for *case, name in product(dtypes, batches, SHAPES, only)]
@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     head = header(device, rounds=rounds)
     rows, unmeasured = measure_all(
         *(cases, lambda case: measure_case(case, device, rounds), asdict, head, path),
-        *(lambda case: seconds(rounds), options.minutes),
+        *(lambda case: seconds(rounds), minutes),
     )
     return report(rows, unmeasured)
 

@@ -1,5 +1,6 @@
 """What the benchmarks on a GPU share. Where there is no GPU, stand-ins note what is asked of CUDA."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -200,6 +201,19 @@ def test_a_case_that_raises_leaves_the_others(tmp_path):
     rows, unmeasured = measure_all([0, 1, 2], measure, lambda row: {"row": row}, {"device": "none"}, path)
     assert rows == [0, 2] and unmeasured == {"1": "RuntimeError: an illegal memory access was encountered"}
     assert '"unmeasured": {\n    "1": "RuntimeError' in path.read_text()
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path):
+    path = tmp_path / "results.json"
+
+    def measure(case):
+        if case == 2:
+            raise KeyboardInterrupt
+        return [case]
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_all([0, 1, 2], measure, lambda row: {"row": row}, {"device": "none"}, path)
+    assert json.loads(path.read_text()) == {"device": "none", "results": [{"row": 0}, {"row": 1}], "unmeasured": {}}
 
 
 def test_a_hang_ends():

@@ -7,7 +7,7 @@ import torch
 from support import refusal
 
 from benchmarks import block, reporting, timing, training_step
-from benchmarks.block import BACKWARD, FORWARD, TIMM, Case, check, main, measure, run, timm_block
+from benchmarks.block import BACKWARD, FORWARD, TIMM, Case, check, main, run, timm_block
 from benchmarks.training_step import DROPPING, OURS, RECOMPUTING, SAVING, Step
 from convnext_kernels.cli import measure as measuring
 from convnext_kernels.cli.measure import Timing
@@ -227,23 +227,6 @@ def test_how_torch_compile_is_asked(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options) or module)
     assert COMPILED in Case(FORWARD, "bfloat16", 1, 8, 3, True).modules(CPU)
     assert asked == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False}]
-
-
-def test_an_interrupted_run_keeps_what_it_has(known_times, tmp_path, monkeypatch):
-    path = tmp_path / "block.json"
-
-    def interrupted(case, device, rounds):
-        if isinstance(case, Step):
-            raise KeyboardInterrupt
-        return measure(case, device, rounds)
-
-    monkeypatch.setattr(block, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main([*SMALL, "--json", str(path)])
-    assert [row["contender"] for row in written(path)[0]["results"]] == [
-        *(EAGER, TIMM, OURS),
-        *(EAGER, TIMM, SAVING, RECOMPUTING),
-    ]
 
 
 def test_runs_with_the_true_timer(on_a_cpu, tmp_path):

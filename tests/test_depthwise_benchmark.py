@@ -9,7 +9,7 @@ from support import refusal
 
 pytest.importorskip("triton")
 from benchmarks import depthwise, timing
-from benchmarks.depthwise import COPY, NO_BIAS, OPERATIONS, PYTORCH, Case, check, main, measure_case, run
+from benchmarks.depthwise import COPY, NO_BIAS, OPERATIONS, PYTORCH, Case, check, main, run
 from benchmarks.kernel_work import Shape
 from convnext_kernels.cli.measure import Timing
 
@@ -85,21 +85,6 @@ def test_the_arguments_choose(on_a_cpu, tmp_path):
     assert on_a_cpu[0][1] == 30
 
 
-def test_results_are_written_as_they_come(on_a_cpu, tmp_path, monkeypatch):
-    path = tmp_path / "depthwise.json"
-
-    def measure(case, device, rounds):
-        if case.batch == 3:
-            raise KeyboardInterrupt
-        return measure_case(case, device, rounds)
-
-    monkeypatch.setattr(depthwise, "measure_case", measure)
-    with pytest.raises(KeyboardInterrupt):
-        main(["--only", "forward", "--batch", "2", "3", "--json", str(path)])
-    contenders = [row["contender"] for row in json.loads(path.read_text())["results"]]
-    assert contenders == [COPY, PYTORCH, NO_BIAS, "cuda", "reference"]
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_passes_parity(operation, dtype):
@@ -126,12 +111,6 @@ def test_a_wrong_result_gets_no_time(operation, result, on_a_cpu, monkeypatch, c
     assert "parity failed" in capsys.readouterr().out
 
 
-def test_nan_fails_parity(monkeypatch):
-    spoilt = replace(OPERATIONS["forward"], ours=lambda tensors, backend: [tensors["input"] * float("nan")])
-    monkeypatch.setitem(OPERATIONS, "forward", spoilt)
-    assert check(Case("forward", "float32", 2, SMALL), "reference", CPU).startswith("parity failed")
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_copy_moves_as_many_bytes_as_the_operation(operation):
     """Every image argument once, and of the results those of an image's size."""
@@ -155,6 +134,7 @@ def test_the_copy_moves_as_many_bytes_as_the_operation(operation):
     ("arguments", "text"),
     [
         (["--batch", "0"], "--batch: got 0"),
+        (["--minutes", "0"], "--minutes: got 0; accepted: more than 0"),
         (["--dtype", "float64"], "--dtype: got 'float64'; accepted: float32, float16, bfloat16"),
         (["--only", "pooling"], "--only: got 'pooling'; accepted: forward, "),
         (["--json", "/no/such/folder/file"], "--json: cannot write"),
