@@ -128,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--smoothing", 0.1, "of the labels", "[0, 1]")
 
     add("--resolution", [(0, 224)], "pixels, from an epoch on (224)", type=resolution, nargs="+", metavar="R[@EPOCH]")
-    add("--crop", 0.875, "part of the shorter side that is evaluated", "(0, 1]")
+    add("--crop", 0.875, "part of the shorter side that is evaluated; 1: the whole image, made square", "(0, 1]")
     add("--crop-scale", [0.08, 1.0], "parts of the area to crop in training (0.08 1)", "(0, 1]", type=float, nargs=2)
     add("--flip", 0.5, "probability of a mirrored image", "[0, 1]")
     add("--rand-augment", 9, "magnitude of 10; 0: off", "[0, 10]")

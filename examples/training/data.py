@@ -85,8 +85,8 @@ def open_data(name: str) -> tuple[Any, Any]:
 class Augmentation:
     """What is done to an image in training, from the crop on; 0 turns a step off.
 
-    RandAugment's magnitude, of 10, means what it does in timm, with which the papers train: two operations, each left
-    out half the time. Erased pixels become noise.
+    As in timm, with which the papers train, RandAugment's magnitude is of 10, its two operations are each left out half
+    the time, and erased pixels become noise.
     """
 
     crop_scale: tuple[float, float]
@@ -111,8 +111,10 @@ TO_TENSOR = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(M
 
 
 def central(resolution: int, part: float) -> Callable[[Image.Image], Tensor]:
-    """The square in the middle that holds this part of the shorter side."""
-    resize = v2.Resize(round(resolution / part), interpolation=InterpolationMode.BICUBIC)
+    """The square in the middle that holds this part of the shorter side; 1: the whole image made square, as the papers
+    evaluate at 384 pixels."""
+    size = (resolution, resolution) if part == 1 else round(resolution / part)
+    resize = v2.Resize(size, interpolation=InterpolationMode.BICUBIC)
     return v2.Compose([resize, v2.CenterCrop(resolution), *TO_TENSOR])
 
 

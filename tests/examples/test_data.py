@@ -6,6 +6,7 @@ from shutil import rmtree
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 from training import data
 from training.randomness import seed_of, seeded
 
@@ -117,6 +118,13 @@ def test_the_centre_is_cut_from_a_longer_side():
     image.paste((255, 255, 255), (12, 2, 28, 18))
     centre = data.central(16, 0.8)(image)
     assert centre.shape == (3, 16, 16) and centre.amin() > 2
+
+
+def test_a_whole_image_is_made_square():
+    """As the official evaluation does from 384 pixels on."""
+    image = Image.fromarray(torch.randint(0, 256, (20, 40, 3), dtype=torch.uint8).numpy())
+    whole = v2.Normalize(data.MEAN, data.STD)(v2.functional.to_image(image.resize((16, 16), Image.BICUBIC)) / 255)
+    torch.testing.assert_close(data.central(16, 1.0)(image), whole.as_subclass(torch.Tensor))
 
 
 def test_an_empty_class_is_refused(folder):
