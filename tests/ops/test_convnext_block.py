@@ -224,6 +224,10 @@ def test_published_widths(width, grn, dtype):
     assert_parity(width_case(width, grn, hidden, size), dtype, device_of("triton"), "triton")
 
 
+def test_more_hidden_channels_than_a_step_of_their_sums():
+    assert_parity(width_case(20, False, 1040, 3), torch.float32, device_of("triton"), "triton")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

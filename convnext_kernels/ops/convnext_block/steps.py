@@ -9,7 +9,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from convnext_kernels.ops.common.layer_gradients import LayerGradients, layer_gradients
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, statistics_dtype, to_channels_last
 
 
@@ -34,12 +33,7 @@ def fold(
 
 
 def unfold(
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    layer_gradients: LayerGradients = layer_gradients,
+    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of norm_weight, norm_bias and weight from those of `fold`'s results; no pass over tokens:
 
@@ -47,8 +41,11 @@ def unfold(
     grad_norm_bias      = weight' grad_folded_bias
     grad_weight         = grad_folded_weight diag(norm_weight) + grad_folded_bias norm_bias'
     """
-    scaled, norm_dots, bias_dots = layer_gradients(grad_weight, weight, 1, norm_weight, norm_bias, grad_bias)
-    return norm_dots, bias_dots, scaled
+    exact = weight.to(grad_weight.dtype)
+    unfolded = grad_weight if norm_weight is None else grad_weight * norm_weight
+    if norm_bias is not None:
+        unfolded = unfolded + grad_bias[:, None] * norm_bias
+    return (exact * grad_weight).sum(0), (exact * grad_bias[:, None]).sum(0), unfolded
 
 
 def _never(input: Tensor, grn_weight: Tensor | None) -> bool:
@@ -61,7 +58,7 @@ class Steps:
 
     Args:
         takes_one_kernel: whether mlp has a kernel for a call that also normalises its input, `forward_normalizing`.
-        fold, layer_gradients: PyTorch's, or kernels for them.
+        fold, unfold: PyTorch's, or kernels for them.
     """
 
     conv_layer_norm: ModuleType
@@ -70,7 +67,7 @@ class Steps:
     mlp: ModuleType
     takes_one_kernel: Callable[[Tensor, Tensor | None], bool] = _never
     fold: Callable[..., tuple[Tensor, Tensor]] = fold
-    layer_gradients: LayerGradients = layer_gradients
+    unfold: Callable[..., tuple[Tensor, Tensor, Tensor]] = unfold
 
     def forward(
         self,
@@ -162,8 +159,7 @@ class Steps:
         )  # fmt: skip
         grad_fold: tuple[Tensor, ...] = (nothing(input),) * 3
         if wants_fold:
-            norm = (norm_weight, norm_bias)
-            grad_fold = unfold(grad_weight1, grad_bias1, weight1, *norm, self.layer_gradients)
+            grad_fold = self.unfold(grad_weight1, grad_bias1, weight1, norm_weight, norm_bias)
         grad_conv: tuple[Tensor, ...] = (nothing(input),) * 3
         if wants_input:
             grad_convolved, *_ = self.layer_norm.backward(

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import launch
-from convnext_kernels.ops.common.triton_layer_gradients import layer_gradients
+from convnext_kernels.ops.common.launch import launch, next_power_of_2
 from convnext_kernels.ops.convnext_block.steps import Steps
 from convnext_kernels.ops.depthwise_conv import triton_kernel as depthwise_conv
 from convnext_kernels.ops.depthwise_conv_layer_norm import triton_kernel as depthwise_conv_layer_norm
@@ -19,6 +18,10 @@ from convnext_kernels.ops.mlp import triton_kernel as mlp
 FOLD_HIDDEN = 32
 FOLD_CHANNELS = 128
 FOLD_WARPS = 4
+# A program sums over all hidden channels: 16 elements a thread at each step, in sectors of 32 bytes.
+UNFOLD_HIDDEN = 1024
+UNFOLD_CHANNELS = 8
+UNFOLD_WARPS = 16
 
 
 @triton.jit
@@ -77,5 +80,69 @@ def fold(
     return folded_weight, folded_bias
 
 
-_steps = Steps(depthwise_conv_layer_norm, depthwise_conv, layer_norm, mlp, mlp.takes_one_kernel, fold, layer_gradients)
+@triton.jit
+def unfold_kernel(
+    grad_folded_weight_ptr,
+    grad_folded_bias_ptr,
+    weight_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    grad_norm_weight_ptr,
+    grad_norm_bias_ptr,
+    grad_weight_ptr,
+    hidden,
+    channels,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c_mask = c < channels
+    weight_dots = tl.zeros((BLOCK_C, BLOCK_H), dtype=tl.float32)
+    bias_dots = tl.zeros((BLOCK_C, BLOCK_H), dtype=tl.float32)
+    for start in range(0, hidden, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        h_mask = h < hidden
+        offsets, mask = c[:, None] + h.to(tl.int64)[None, :] * channels, c_mask[:, None] & h_mask[None, :]
+        grad = tl.load(grad_folded_weight_ptr + offsets, mask=mask, other=0.0)
+        grad_bias = tl.load(grad_folded_bias_ptr + h, mask=h_mask, other=0.0)[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        weight_dots += weight * grad
+        bias_dots += weight * grad_bias
+        if norm_weight_ptr is not None:
+            grad *= tl.load(norm_weight_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[:, None]
+        if norm_bias_ptr is not None:
+            grad += grad_bias * tl.load(norm_bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[:, None]
+        tl.store(grad_weight_ptr + offsets, grad, mask=mask)
+    tl.store(grad_norm_weight_ptr + c, tl.sum(weight_dots, axis=1), mask=c_mask)
+    tl.store(grad_norm_bias_ptr + c, tl.sum(bias_dots, axis=1), mask=c_mask)
+
+
+def unfold(
+    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As PyTorch's in steps.py, in one pass; sums in an order that the shape fixes."""
+    hidden, channels = weight.shape
+    grad_norm_weight, grad_norm_bias = (grad_bias.new_empty(channels) for _ in range(2))
+    unfolded = torch.empty_like(grad_weight)
+    launch(
+        unfold_kernel,
+        (-(-channels // UNFOLD_CHANNELS),),
+        grad_weight,
+        grad_bias,
+        weight.contiguous(),
+        norm_weight,
+        norm_bias,
+        grad_norm_weight,
+        grad_norm_bias,
+        unfolded,
+        hidden,
+        channels,
+        BLOCK_H=min(UNFOLD_HIDDEN, next_power_of_2(hidden)),
+        BLOCK_C=UNFOLD_CHANNELS,
+        warps=UNFOLD_WARPS,
+    )
+    return grad_norm_weight, grad_norm_bias, unfolded
+
+
+_steps = Steps(depthwise_conv_layer_norm, depthwise_conv, layer_norm, mlp, mlp.takes_one_kernel, fold, unfold)
 forward, backward = _steps.forward, _steps.backward

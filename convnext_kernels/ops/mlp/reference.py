@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convnext_kernels.ops.common.layer_gradients import LayerGradients, layer_gradients
 from convnext_kernels.ops.common.layouts import (
     at_least_float32,
     from_channels_last,
@@ -42,19 +41,14 @@ def scaled_weight2(weight2: Tensor, layer_scale: Tensor | None, dtype: torch.dty
         largest = torch.linalg.vector_norm(layer_scale, torch.inf, keepdim=True)
         # Its exponent alone. Found on the device: its value on the host would be a synchronisation.
         power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
-        power = torch.where((power > 0) & power.isfinite(), power, 1.0)
+        power = torch.where(power > 0, power, 1.0)
         layer_scale = layer_scale / power
     # One kernel: the product is not written in float32 first.
     return torch.mul(layer_scale[:, None], weight2, out=weight2.new_empty(weight2.shape, dtype=dtype)), power
 
 
 def parameter_gradients(
-    products: Tensor,
-    grad_sums: Tensor,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    layer_scale: Tensor | None,
-    layer_gradients: LayerGradients = layer_gradients,
+    products: Tensor, grad_sums: Tensor, weight2: Tensor, bias2: Tensor | None, layer_scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight2, bias2 and layer_scale from products = gs' hidden [C, hidden] and grad_sums = sum(gs) [C].
 
@@ -64,10 +58,10 @@ def parameter_gradients(
     """
     if layer_scale is None:
         return products, grad_sums, nothing(products)
-    grad_weight2, grad_layer_scale, _ = layer_gradients(products, weight2, 0, layer_scale)
+    grad_layer_scale = (products * weight2).sum(1)
     if bias2 is not None:
         grad_layer_scale = grad_layer_scale + bias2.to(products.dtype) * grad_sums
-    return grad_weight2, layer_scale * grad_sums, grad_layer_scale
+    return layer_scale[:, None] * products, layer_scale * grad_sums, grad_layer_scale
 
 
 def forward(

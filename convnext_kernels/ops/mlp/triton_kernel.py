@@ -23,12 +23,11 @@ from convnext_kernels.ops.common.layouts import (
     tokens_per_image,
 )
 from convnext_kernels.ops.common.triton_drop_path import drop_path
-from convnext_kernels.ops.common.triton_layer_gradients import layer_gradients
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
 from convnext_kernels.ops.layer_norm.triton_kernel import affine
 from convnext_kernels.ops.mlp.configs import FUSED, FusedConfig
-from convnext_kernels.ops.mlp.reference import parameter_gradients, scaled_weight2
+from convnext_kernels.ops.mlp.triton_layer_scale import parameter_gradients, scaled_weight2
 from convnext_kernels.ops.response_norm import triton_kernel as response_norm
 
 
@@ -376,7 +375,7 @@ def backward(
     if any(wanted[3:6]):
         a, b = matrix(grads).transposed, matrix(hidden.flatten(0, 1))
         products, sums = long_matmul(a, b, (width, hidden_width, count), drop)
-        gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale, layer_gradients)
+        gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale)
     grad_pre = grad_pre.flatten(0, 1)
     if wanted[0]:
         grad_input = rows.new_empty(rows.shape)
