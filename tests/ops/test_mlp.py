@@ -14,6 +14,7 @@ from support import (
     arguments_of,
     assert_accurate,
     assert_far_images_are_right,
+    assert_parity,
     assert_same,
     device_of,
     evaluate,
@@ -64,6 +65,9 @@ class TestMLP(Contract):
             arguments |= {"grn_weight": None, "grn_bias": None}
         recomputed = evaluate(self.on(backend, recompute_hidden=True), arguments)
         assert_same(recomputed, evaluate(self.on(backend), arguments))
+
+    def test_images_of_more_tokens_than_a_split_of_grn(self):
+        assert_parity(self.full(height=17, width=16), torch.float32, device_of("triton"), "triton")
 
     @pytest.mark.parametrize("recompute", [False, True])
     @pytest.mark.parametrize("grn", [False, True])

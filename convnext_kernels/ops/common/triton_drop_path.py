@@ -53,6 +53,7 @@ def drop_path(image_factor: Tensor | None, tokens_per_image: int) -> DropPath | 
         return None
     images = image_factor.shape[0]
     order = torch.empty(images * tokens_per_image, dtype=torch.int32, device=image_factor.device)
-    factor, kept = torch.empty_like(order, dtype=torch.float32), order.new_zeros(1)
+    factor = torch.empty_like(order, dtype=torch.float32)
+    kept = order.new_empty(1) if images else order.new_zeros(1)  # no program says so of no image
     launch(order_kernel, (images,), image_factor, order, factor, kept, images, tokens_per_image, BLOCK=BLOCK, warps=4)
     return DropPath(order, factor, kept)

@@ -1,7 +1,6 @@
 """Global response normalisation in Triton: one pass for the sums over each image, one that applies them.
 
-For the MLP's backward both also compute the activation before it. The arithmetic on [N, C] between the two is the
-reference's.
+For the MLP's backward both also compute the activation before it. Between the two is a small kernel on [N, C].
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import launch, round_up
+from convnext_kernels.ops.common.launch import launch, next_power_of_2, round_up
 from convnext_kernels.ops.common.layouts import from_channels_last, nothing, to_channels_last
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
-from convnext_kernels.ops.response_norm.configs import ACTIVATED_BACKWARD, APPLY, SUMS, split_count
-from convnext_kernels.ops.response_norm.reference import input_coefficients, scales, weight_gradient
+from convnext_kernels.ops.response_norm.configs import ACTIVATED_BACKWARD, APPLY, RATIOS_WARPS, SUMS, split_count
 
 
 @triton.jit
@@ -63,6 +61,54 @@ def sums_kernel(
         tl.store(sums_ptr + out, tl.sum(sums, axis=0), mask=c_mask)
     if squares_ptr is not None:
         tl.store(squares_ptr + out, tl.sum(squares, axis=0), mask=c_mask)
+
+
+@triton.jit
+def _add_up(partial_ptr, splits, stride, mask, BLOCK_C: tl.constexpr):
+    """The sum over the splits, in their order."""
+    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + split * stride, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["splits"])
+def ratios_kernel(
+    norms_ptr,
+    squares_ptr,
+    dots_ptr,
+    weight_ptr,
+    scale_ptr,
+    coefficient_ptr,
+    weight_gradient_ptr,
+    splits,
+    channels,
+    eps,
+    BLOCK_C: tl.constexpr,
+):
+    """The reference's `scales` and, of dots, `input_coefficients` and an image's part of `weight_gradient`.
+
+    Of all channels of an image. Norms are the square roots of squares, and stored, where there are squares.
+    """
+    c = tl.arange(0, BLOCK_C)
+    mask = c < channels
+    offsets = tl.program_id(0).to(tl.int64) * channels + c
+    stride = tl.num_programs(0).to(tl.int64) * channels
+    if squares_ptr is None:
+        norms = tl.load(norms_ptr + offsets, mask=mask, other=0.0)
+    else:
+        norms = tl.sqrt_rn(_add_up(squares_ptr + offsets, splits, stride, mask, BLOCK_C))
+        tl.store(norms_ptr + offsets, norms, mask=mask)
+    mean = tl.sum(norms) / channels + eps
+    weight = tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(scale_ptr + offsets, 1 + tl.div_rn(weight * norms, mean), mask=mask)
+    if dots_ptr is not None:
+        dots = _add_up(dots_ptr + offsets, splits, stride, mask, BLOCK_C)
+        tl.store(weight_gradient_ptr + offsets, tl.div_rn(dots * norms, mean), mask=mask)
+        grad_ratio = weight * dots
+        along = tl.sum(grad_ratio * norms) / (channels * mean * mean)
+        coefficient = tl.where(norms == 0, 0.0, tl.div_rn(tl.div_rn(grad_ratio, mean) - along, norms))
+        tl.store(coefficient_ptr + offsets, coefficient, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -134,8 +180,8 @@ def _sizes(rows: Tensor) -> tuple[int, int, int]:
     return batch, rows[0].numel() // channels if batch else 1, channels
 
 
-def _sums(a: Tensor, b: Tensor, kinds: int, activation: str | None = None) -> Tensor:
-    """The first kinds of: sums over each image's tokens of a b, a and b^2, [kinds, N, C] in float32."""
+def _partial_sums(a: Tensor, b: Tensor, kinds: int, activation: str | None = None) -> Tensor:
+    """The first kinds of: sums over each image's tokens of a b, a and b^2, [kinds, splits, N, C] in float32."""
     batch, tokens, channels = _sizes(a)
     config, splits = SUMS(a, channels), split_count(tokens)
     partial = torch.empty((kinds, splits, batch, channels), dtype=torch.float32, device=a.device)
@@ -154,7 +200,35 @@ def _sums(a: Tensor, b: Tensor, kinds: int, activation: str | None = None) -> Te
         BLOCK_C=config.channels,
         warps=config.warps,
     )
-    return partial.sum(1)
+    return partial
+
+
+def _ratios(
+    norms: Tensor, weight: Tensor, eps: float, squares: Tensor | None = None, dots: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`scales` and, from partial dots, `input_coefficients` and each image's part of `weight_gradient`, all [N, C].
+
+    Norms [N, C] are written where there are partial sums of squares.
+    """
+    partial, scales = dots if squares is None else squares, torch.empty_like(norms)
+    coefficients, weight_gradients = (nothing(norms) if dots is None else torch.empty_like(norms) for _ in range(2))
+    launch(
+        ratios_kernel,
+        (norms.shape[0],),
+        norms,
+        squares,
+        dots,
+        weight,
+        scales,
+        coefficients,
+        weight_gradients,
+        0 if partial is None else partial.shape[0],
+        norms.shape[1],
+        eps,
+        BLOCK_C=next_power_of_2(norms.shape[1]),
+        warps=RATIOS_WARPS,
+    )
+    return scales, coefficients, weight_gradients
 
 
 def _apply(
@@ -183,8 +257,10 @@ def _apply(
 def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
     rows = to_channels_last(input)
-    norms = _sums(rows, rows, 1)[0].sqrt()
-    return from_channels_last(_apply(rows, scales(norms, weight, eps), bias=bias)), norms
+    squares = _partial_sums(rows, rows, 1)[0]
+    norms = squares.new_empty(squares.shape[1:])
+    scales, *_ = _ratios(norms, weight, eps, squares)
+    return from_channels_last(_apply(rows, scales, bias=bias)), norms
 
 
 def backward(
@@ -193,14 +269,14 @@ def backward(
     """As the reference's `backward`."""
     grads, rows = to_channels_last(grad_output), to_channels_last(input)
     grad_input, grad_weight, grad_bias = nothing(input), nothing(input), nothing(input)
-    dots, *sums = _sums(grads, rows, 2 if wanted[2] else 1)
+    dots, *sums = _partial_sums(grads, rows, 2 if wanted[2] else 1)
+    scales, coefficients, weight_gradients = _ratios(norms, weight, eps, dots=dots)
     if wanted[0]:
-        coefficients = input_coefficients(norms, dots, weight, eps)
-        grad_input = from_channels_last(_apply(grads, scales(norms, weight, eps), rows, coefficients))
+        grad_input = from_channels_last(_apply(grads, scales, rows, coefficients))
     if wanted[1]:
-        grad_weight = weight_gradient(norms, dots, eps)
+        grad_weight = weight_gradients.sum(0)
     if wanted[2]:
-        grad_bias = sums[0].sum(0)
+        grad_bias = sums[0].sum((0, 1))
     return grad_input, grad_weight, grad_bias
 
 
@@ -212,15 +288,16 @@ def activated_backward(
     grads becomes, in place, the gradient of the pre-activation. h is never written.
     """
     batch, tokens, channels = _sizes(grads)
-    dots, sums, squares = _sums(grads, pre_activation, 3, activation)
-    norms, output, config = squares.sqrt(), torch.empty_like(grads), ACTIVATED_BACKWARD(grads, channels)
+    dots, sums, squares = _partial_sums(grads, pre_activation, 3, activation)
+    scales, coefficients, weight_gradients = _ratios(squares.new_empty(squares.shape[1:]), weight, eps, squares, dots)
+    output, config = torch.empty_like(grads), ACTIVATED_BACKWARD(grads, channels)
     launch(
         activated_backward_kernel,
         (batch * -(-tokens // config.tokens), -(-channels // config.channels)),
         grads,
-        scales(norms, weight, eps),
+        scales,
         pre_activation,
-        input_coefficients(norms, dots, weight, eps),
+        coefficients,
         bias,
         output,
         tokens,
@@ -230,4 +307,4 @@ def activated_backward(
         BLOCK_C=config.channels,
         warps=config.warps,
     )
-    return output, weight_gradient(norms, dots, eps), sums.sum(0)
+    return output, weight_gradients.sum(0), sums.sum((0, 1))
