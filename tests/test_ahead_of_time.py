@@ -111,10 +111,13 @@ def test_candidates_are_compiled_in_place_of_the_operators(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     given = []
     monkeypatch.setattr(
-        ahead_of_time, "compile_in_parallel", lambda jobs, processes: given.extend(jobs) or [(GOOD, 1.0)]
+        ahead_of_time, "compile_in_parallel", lambda jobs, processes: given.extend(jobs) or [(compiled, 1.0)]
     )
+    compiled = replace(GOOD, local=8)  # what a spill costs is for tune to find
     assert main(["--candidates", "--dtype", "float16", "--architecture", "80", "90"]) == 0
     assert given == [(ahead_of_time.compile_candidates, architecture, "float16") for architecture in (80, 90)]
+    compiled = replace(GOOD, shared=200_000)
+    assert main(["--candidates", "--dtype", "float16"]) == 1
 
 
 def test_every_tunable_kernel_is_among_the_candidates():

@@ -11,14 +11,20 @@ from torch import Tensor
 from convnext_kernels.backends import interpreting
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:
-    """Launches a Triton kernel on the device of its first argument, a tensor, and PyTorch's current stream there."""
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, registers: int | None = None, **constants: Any
+) -> None:
+    """Launches a Triton kernel on the device of its first argument, a tensor, and PyTorch's current stream there.
+
+    Args:
+        registers: the most that a thread may take; None leaves that to the compiler.
+    """
     # Triton launches on the current device, whatever its arguments' device.
     first: Tensor = arguments[0]
     current: AbstractContextManager[Any] = torch.cuda.device(first.device) if first.is_cuda else nullcontext()
     with current:
         # A multiply and an add become one instruction and one rounding; from Triton 3.10 on only where asked for.
-        kernel[grid](*arguments, num_warps=warps, enable_fp_fusion=True, **constants)
+        kernel[grid](*arguments, num_warps=warps, maxnreg=registers, enable_fp_fusion=True, **constants)
 
 
 def architecture(device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,13 +12,14 @@ from convnext_kernels.ops.common.tuning import Tunable
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """Tile of a program and its pipeline."""
+    """Tile of a program and its pipeline; the most registers that a thread may take, if not as many as it wants."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take 97 KB
@@ -36,23 +37,26 @@ TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 # TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
 FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
-# At most 64 accumulators a thread: twice as many spill 160 bytes with a residual on sm_90 and 80 with a drop path on
-# sm_80; so does the derivative with 64.
-WIDE_CANDIDATES = [
-    MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
-    MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
-    MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
-]
+# With 128 registers a thread two programs of 8 warps fit on a multiprocessor.
+TWO_PROGRAMS = 128
+# Twice the tile: three quarters of WIDE's bytes from L2.
+BROAD = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
+# Candidates may spill, BROAD 160 bytes with a residual on sm_90: what that costs is measured.
 NARROW_CANDIDATES = [
     NARROW,
     SHALLOW,
+    replace(NARROW, registers=TWO_PROGRAMS),
     MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=4),
     MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=4),
     MatmulConfig(block_m=64, block_n=128, block_k=64, warps=8, stages=3),
     MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4),
 ]
-# Twice the tile: three quarters of WIDE's bytes from L2. For sums over tokens alone, whose epilogue is a store.
-BROAD = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
+WIDE_CANDIDATES = [
+    replace(WIDE, registers=TWO_PROGRAMS),
+    MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
+    MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
+    MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
+]
 TF32_CANDIDATES = [
     MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=3),
     MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=3),
@@ -100,20 +104,17 @@ def matmul_config(columns: int, inner: int, bits: int, needs_registers: int) -> 
     return _deep_config(columns, bits, needs_registers)
 
 
-def _deep_candidates(columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
+def _tiles(columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
-    narrow = columns <= 64 or needs_registers  # as for the rule: wide tiles of 40 columns spill on sm_90
-    return NARROW_CANDIDATES if narrow else [*WIDE_CANDIDATES, *NARROW_CANDIDATES]
+    wide = WIDE_CANDIDATES if columns > 64 else []
+    broad = [BROAD] if columns >= BROAD.block_n and not needs_registers else []
+    return [*wide, *NARROW_CANDIDATES, *broad]
 
 
 def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """Other shapes of the tile, depths and numbers of stages."""
-    found = _deep_candidates(columns, bits, needs_registers)
-    if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
-        # Where they may be two products in one, 128 columns spill 8 bytes on sm_80.
-        return [config for config in found if config.block_n <= 64]
-    return found
+    """Other shapes of the tile, depths, numbers of stages and of registers."""
+    return _tiles(columns, bits, needs_registers)
 
 
 def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
@@ -122,9 +123,8 @@ def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int)
 
 
 def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """As `matmul_candidates` for a deep one, and wider."""
-    broad = [BROAD] if bits == 16 and columns >= BROAD.block_n and not needs_registers else []
-    return [*_deep_candidates(columns, bits, needs_registers), *broad]
+    """As `matmul_candidates`."""
+    return _tiles(columns, bits, needs_registers)
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)

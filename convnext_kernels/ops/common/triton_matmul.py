@@ -324,6 +324,7 @@ def _launch(
         BLOCK_K=config.block_k,
         GROUP_M=GROUP_M,
         warps=config.warps,
+        registers=config.registers,
         # Where the order is loaded in the loop, what it leads to is loaded half the stages later.
         num_stages=2 * config.stages - 1 if ordered == "inner" else config.stages,
     )

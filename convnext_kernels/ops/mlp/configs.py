@@ -25,13 +25,17 @@ STEPS = {
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Channels in two powers of two, the second one or 0, hidden channels of a step, tokens of a tile, and warps."""
+    """Channels in two powers of two, the second one or 0, hidden channels of a step, tokens of a tile, and warps.
+
+    With `registers` a thread takes at most so many: with 128 two programs of 8 warps fit on a multiprocessor.
+    """
 
     low: int
     high: int
     hidden: int
     tokens: int = TOKENS
     warps: int = WARPS
+    registers: int | None = None
 
 
 def fused_config(channels: int, architecture: int) -> FusedConfig | None:
@@ -50,14 +54,19 @@ def fused_config(channels: int, architecture: int) -> FusedConfig | None:
 
 
 def fused_candidates(channels: int, architecture: int) -> list[FusedConfig | None]:
-    """Steps of as many hidden channels as the rule's or fewer; half the tokens for half the warps."""
+    """Steps of as many hidden channels as the rule's or fewer; half the tokens for half the warps; two programs where
+    the sums leave registers for that."""
     rule = fused_config(channels, architecture)
-    return [
-        rule and replace(rule, hidden=hidden, tokens=tokens, warps=warps)
+    if rule is None:
+        return []
+    steps = [
+        replace(rule, hidden=hidden, tokens=tokens, warps=warps)
         for tokens, warps in ((TOKENS, WARPS), (TOKENS // 2, WARPS // 2))
         for hidden in (16, 32, 64)
-        if rule and hidden <= rule.hidden
+        if hidden <= rule.hidden
     ]
+    limited = [replace(step, registers=128) for step in steps if step.warps == WARPS and channels <= 128]
+    return [*steps, *limited]
 
 
 FUSED = Tunable("mlp.fused_kernel", fused_config, fused_candidates)

@@ -222,6 +222,7 @@ def _fused_forward(
         BLOCK_T=config.tokens,
         BLOCK_H=config.hidden,
         warps=config.warps,
+        registers=config.registers,
         num_stages=2,
     )
     return from_channels_last(output), normalized, rstd
