@@ -237,13 +237,16 @@ class Batches:
             yield self._together(islice(parts, len(cut(batch))))
 
     def _together(self, parts: Iterable[list[Tensor] | Unreadable]) -> tuple[Tensor, Tensor] | Unreadable:
-        on_device = []
-        for part in parts:
+        broken, on_device = None, []
+        for part in parts:  # to the end: what follows is the next batch's
             if isinstance(part, Unreadable):
-                return part
+                broken = broken or part
+                continue
             images, labels = (tensor.to(self.device, non_blocking=True) for tensor in part)
             # On a CPU too this is a copy: no more than a part stays in shared memory.
             on_device.append((images.contiguous(memory_format=torch.channels_last), labels))
+        if broken:
+            return broken
         images, labels = map(torch.cat, zip(*on_device, strict=True))
         return images, labels
 
