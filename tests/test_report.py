@@ -156,6 +156,47 @@ def test_the_report_has_every_table(record, html):
         assert entry in html
 
 
+def test_what_stands_in_the_tables(record):
+    """Numbers with their targets, nothing where nothing was measured, and a column of peaks where there are any."""
+    case = {"mode": "forward", "dtype": "bfloat16", "tokens": 100_352, "recompute": True}
+    times = {"milliseconds": 2.0, "quartiles": [1.9, 2.1], "failure": None}
+    figures = {"time over floor": {"value": 1.5, "target": {"value": 1.6, "at_most": True}, "met": True}}
+    ours = {"case": case, "contender": "triton", "figures": figures, **times, "peak_bytes": 70 << 20}
+    ours["no_graphs"] = "it synchronises"
+    launched = {"case": {**case, "recompute": None}, "contender": "PyTorch", "figures": {}, **times}
+    failed = {"case": case, "contender": "cuda", "figures": {}, "failure": "no such kernel", "milliseconds": None}
+    other = {"case": {"mode": "backward", "dtype": "bfloat16"}, "contender": "PyTorch", "figures": {}, **times}
+    tests = {"mlp": {"passed": 1234, "skipped": 5, "failed": ["a", "b"]}}
+    part = {"state": "failed", "reason": "ended with exit code 3", "seconds": 61.5, "tests": tests}
+    part["results"] = [ours, launched, failed, other]
+    html = page(record | {"driver": None, "parts": {"mlp": part}}, {})
+    tables = [
+        [re.findall(r">([^<]*)</t[hd]>", line) for line in table.split("</tr>")[:-1]]
+        for table in html.split("<table>")[1:]
+    ]
+    assert ["device", "Invented GPU"] in tables[0] and "driver" not in [line[0] for line in tables[0]]
+    assert tables[1:] == [
+        [["part", "state", "", "seconds", "results"], ["mlp", "failed", "ended with exit code 3", "61.5", "4"]],
+        [["contender", "ms", "quartiles, ms", ""], ["PyTorch", "2", "1.9 to 2.1", ""]],
+        [
+            ["tokens", "recompute", "contender", "ms", "quartiles, ms", "peak MiB", "time over floor", ""],
+            [
+                "100,352",
+                "True",
+                "triton",
+                "2",
+                "1.9 to 2.1",
+                "70",
+                "1.5 (≤ 1.6)",
+                "without CUDA graphs: it synchronises",
+            ],
+            ["100,352", "", "PyTorch", "2", "1.9 to 2.1", "", "", ""],
+            ["100,352", "True", "cuda", "", "", "", "", "no such kernel"],
+        ],
+        [["operator", "passed", "skipped", "failed"], ["mlp", "1,234", "5", "2"]],
+    ]
+
+
 def test_the_report_has_every_picture_and_nothing_from_elsewhere(html):
     for name in PICTURES:
         assert f'<figure id="{name}"><img alt=' in html
@@ -227,6 +268,8 @@ def test_what_cannot_be_written_is_named(tmp_path, cpu_record, capsys):
     path.write_text(json.dumps(cpu_record))
     assert main([str(path), "--pictures", str(path)]) == 2
     assert f"report: [Errno 17] File exists: '{path}'\n" in capsys.readouterr().err
+    missing = str(tmp_path / "missing" / "report.html")
+    assert refusal(main, [str(path), "-o", missing], capsys).startswith(f"report: --output: cannot write {missing}")
 
 
 def test_what_is_no_record_is_named(tmp_path, capsys):
