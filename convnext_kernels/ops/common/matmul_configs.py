@@ -114,7 +114,11 @@ def _tiles(columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
 
 def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
     """Other shapes of the tile, depths, numbers of stages and of registers."""
-    return _tiles(columns, bits, needs_registers)
+    found = _tiles(columns, bits, needs_registers)
+    if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
+        # Where they may be two products in one, larger tiles want more shared memory than there is, 241 KB on sm_90.
+        return [tile for tile in found if (tile.block_m + tile.block_n) * tile.block_k * tile.stages <= 49152]
+    return found
 
 
 def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
