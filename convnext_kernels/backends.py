@@ -105,14 +105,21 @@ def _release(package: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version(package).split(".")[:2])
 
 
+def broken_interpreter() -> str | None:
+    """Why the interpreter of the installed Triton runs no kernel, or None."""
+    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        return "the interpreter of Triton before 3.7 fails with NumPy 2.4 or newer"
+    return None
+
+
 def _interpreter_reasons(dtype: torch.dtype, by_name: bool) -> list[str]:
     if not interpreting():
         return ["the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"]
     reasons = []
     if dtype == torch.bfloat16:
         reasons.append("Triton's interpreter rounds bfloat16 toward zero and multiplies it as integers")
-    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
-        reasons.append("the interpreter of Triton before 3.7 fails with NumPy 2.4 or newer")
+    if broken := broken_interpreter():
+        reasons.append(broken)
     if not by_name:
         reasons.append("Triton's interpreter checks kernels and is slow; it is used only when asked for by name")
     return reasons

@@ -178,8 +178,10 @@ def block_arguments(block: nn.Module, wiring: Wiring, input: Tensor) -> BlockArg
 
 def drop_rate(drop_path: nn.Module) -> float:
     """The probability that stochastic depth drops a sample, under the names that it has in the hosts."""
-    names = ("drop_prob", "p")
-    return next((getattr(drop_path, name) or 0.0 for name in names if hasattr(drop_path, name)), 0.0)
+    for name in ("drop_prob", "p"):  # PyTorch 2.8 does not compile a `next` with a default
+        if hasattr(drop_path, name):
+            return getattr(drop_path, name) or 0.0
+    return 0.0
 
 
 @torch.jit.ignore
@@ -194,7 +196,8 @@ def branch_of_ones(input: Tensor, layer_scale: Tensor | None) -> Tensor:
 
 def flattened(arguments: BlockArguments) -> dict[str, Any]:
     """The arguments of a block in the shapes that our operators take."""
-    flat: dict[str, Any] = arguments._asdict()
+    # PyTorch 2.8 does not compile `_asdict`.
+    flat: dict[str, Any] = dict(zip(BlockArguments._fields, arguments, strict=True))
     flat.update({name: flat[name].flatten(1) for name in ("weight1", "weight2")})
     vectors = ("layer_scale", "drop_path_factor", "grn_weight", "grn_bias")
     flat.update({name: flat[name].flatten() for name in vectors if flat[name] is not None})
