@@ -80,12 +80,16 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
             return f"its `{prefix}{name}` is a {type(child).__name__} and was a {kind.__name__}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"hooks sit on its `{prefix}{name}`"
-        forward = child.__dict__.get("forward")
-        if forward is not None and not getattr(forward, SAME_AS_HOST, False):
+        if "forward" in child.__dict__ and not _computes_the_same(child.__dict__["forward"], kind):
             return f"the forward of its `{prefix}{name}` has been replaced"
         if below and (change := change_below(child, below, f"{prefix}{name}.")):
             return change
     return None
+
+
+def _computes_the_same(forward: Any, kind: Any) -> bool:
+    """Whether a module's own forward is its class's, which `kernelize` sets for want of a layer, or a layer of ours."""
+    return getattr(forward, "__func__", None) is kind.forward or getattr(forward, SAME_AS_HOST, False)
 
 
 @cache

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -404,6 +405,11 @@ class TestChangesAfterwards:
             lambda block: setattr(block.norm, "forward", torch.sin),
             "the forward of its `norm` has been replaced",
         ),
+        (
+            "method",
+            lambda block: setattr(block.mlp.act, "forward", MethodType(nn.ReLU.forward, nn.ReLU())),
+            "the forward of its `mlp.act` has been replaced",
+        ),
         ("dropout", lambda block: setattr(block.mlp, "drop1", nn.Sequential()), "`mlp.drop1` is a Sequential"),
     )
 
@@ -420,6 +426,14 @@ class TestChangesAfterwards:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert operators(ours, images())[BLOCK] == len(BLOCKS) - 1
+
+    def test_the_forward_of_its_own_class_changes_nothing(self, pair):
+        """`kernelize` sets it on modules that it knows by name and has no layer for."""
+        for act in (pair[1].get_submodule(name).mlp.act for name in BLOCKS):
+            act.forward = MethodType(type(act).forward, act)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert operators(pair[1], images())[BLOCK] == len(BLOCKS)
 
     def test_ours_comes_back_when_the_hook_goes(self, pair):
         handle = pair[1].stages[2].blocks[0].norm.register_forward_hook(lambda module, args, output: None)
