@@ -5,6 +5,7 @@
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,9 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
 
 def _computes_the_same(forward: Any, kind: Any) -> bool:
     """Whether a module's own forward is its class's, which `kernelize` sets for want of a layer, or a layer of ours."""
-    return getattr(forward, "__func__", None) is kind.forward or getattr(forward, SAME_AS_HOST, False)
+    # Not `getattr(forward, "__func__", None)`, which torch.compile of PyTorch 2.11 and older takes for None.
+    own = isinstance(forward, MethodType) and forward.__func__ is kind.forward
+    return own or getattr(forward, SAME_AS_HOST, False)
 
 
 @cache
