@@ -81,17 +81,18 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
             return f"its `{prefix}{name}` is a {type(child).__name__} and was a {kind.__name__}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"hooks sit on its `{prefix}{name}`"
-        if "forward" in child.__dict__ and not _computes_the_same(child.__dict__["forward"], kind):
+        if "forward" in child.__dict__ and not _has_same_forward(child, kind):
             return f"the forward of its `{prefix}{name}` has been replaced"
         if below and (change := change_below(child, below, f"{prefix}{name}.")):
             return change
     return None
 
 
-def _computes_the_same(forward: Any, kind: Any) -> bool:
+def _has_same_forward(module: nn.Module, kind: Any) -> bool:
     """Whether a module's own forward is its class's, which `kernelize` sets for want of a layer, or a layer of ours."""
+    forward = module.__dict__["forward"]
     # Not `getattr(forward, "__func__", None)`, which torch.compile of PyTorch 2.11 and older takes for None.
-    own = isinstance(forward, MethodType) and forward.__func__ is kind.forward
+    own = isinstance(forward, MethodType) and forward.__func__ is kind.forward and forward.__self__ is module
     return own or getattr(forward, SAME_AS_HOST, False)
 
 

@@ -410,6 +410,11 @@ class TestChangesAfterwards:
             lambda block: setattr(block.mlp.act, "forward", MethodType(nn.ReLU.forward, nn.ReLU())),
             "the forward of its `mlp.act` has been replaced",
         ),
+        (
+            "another's",
+            lambda block: setattr(block.norm, "forward", type(block.norm)(24).forward),
+            "the forward of its `norm` has been replaced",
+        ),
         ("dropout", lambda block: setattr(block.mlp, "drop1", nn.Sequential()), "`mlp.drop1` is a Sequential"),
     )
 
