@@ -106,9 +106,9 @@ def _release(package: str) -> tuple[int, ...]:
 
 
 def broken_interpreter() -> str | None:
-    """Why the interpreter of the installed Triton runs no kernel, or None."""
+    """Why the interpreter of the installed Triton cannot run our kernels, or None."""
     if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
-        return "the interpreter of Triton before 3.7 fails with NumPy 2.4 or newer"
+        return "the interpreter of Triton before 3.7 fails in loops with NumPy 2.4 or newer"
     return None
 
 
