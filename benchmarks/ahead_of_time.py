@@ -1,9 +1,9 @@
 """Compiles every Triton kernel ahead of time, exactly as the launchers launch it, for GPUs that need not be there.
 
 The public operators are called on the CPU, forward and backward, with a stand-in for Triton's driver: each launch is
-compiled for the asked architecture and not run. A kernel fails that spills registers, unless it is a candidate of
-`tune`, which measures what that costs; that wants more shared memory than a block may have; or that multiplies matrices
-without matrix instructions where its dtype has them.
+compiled for the asked architecture and not run. A kernel fails that spills registers in a loop, or many elsewhere,
+unless it is a candidate of `tune`, which measures what that costs; that wants more shared memory than a block may have;
+or that multiplies matrices without matrix instructions where its dtype has them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,12 +30,14 @@ from rich.table import Table
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from benchmarks.machine_code import count_in_loops, parse_instructions
 from convnext_kernels import backends
 from convnext_kernels.cli.compile_ahead import compiling
 from convnext_kernels.cli.errors import CommandError, command, names, writable
 from convnext_kernels.cli.output import console, write_json
 from convnext_kernels.cli.workloads import PRECISIONS, Workload, workloads
 from convnext_kernels.functional import OPERATORS
+from convnext_kernels.ops.common import matmul_configs
 from convnext_kernels.ops.common.tuning import trying
 from convnext_kernels.parity import Case
 
@@ -49,10 +51,18 @@ CANDIDATE_CHANNELS = sorted({*CHANNELS, *FUSED_CHANNELS})
 PRODUCTS = ("mlp", "patch_linear", "convnext_block")
 """Operators that multiply matrices: only they differ between float32 and tf32."""
 
+AUTOCAST = ("96 channels", "GRN", "96 to 192 channels", "1024 channels")
+"""Calls that are also made with float32 parameters beside 16-bit images."""
+
 PRODUCT_KERNELS = ("common.matmul_kernel", "mlp.fused_kernel")
 
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a block may have, by architecture (CUDA programming guide, compute capabilities)."""
+
+
+MAY_SPILL, MAY_SPILL_IN_LOOPS = 128, 1
+"""Bytes that a thread may put aside for what comes behind its loops, once for each tile; and instructions in its loops,
+of a hundred and more, where that lets a second program in."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class Kernel:
     registers: int
     stack: int
     local: int
+    spills_in_loops: int
     shared: int
     matrix_instructions: int
 
@@ -76,8 +87,10 @@ class Kernel:
 def failures(kernel: Kernel, may_spill: bool = False) -> list[str]:
     """What is wrong with a compiled kernel."""
     found = []
-    if (kernel.stack or kernel.local) and not may_spill:
-        found.append(f"spills: {kernel.stack} bytes of stack, {kernel.local} of local memory")
+    much = kernel.stack + kernel.local > MAY_SPILL or kernel.spills_in_loops > MAY_SPILL_IN_LOOPS
+    if much and not may_spill:
+        spills = f"{kernel.stack} bytes of stack, {kernel.local} of local memory"
+        found.append(f"spills: {spills}, {kernel.spills_in_loops} instructions of loops")
     if kernel.shared > SHARED_MEMORY[kernel.architecture]:
         found.append(f"{kernel.shared} bytes of shared memory; a block has {SHARED_MEMORY[kernel.architecture]}")
     # float32 in full precision has no matrix instruction.
@@ -86,18 +99,26 @@ def failures(kernel: Kernel, may_spill: bool = False) -> list[str]:
     return found
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack, shared and local memory of a kernel's machine code."""
+def _dump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack, shared and local memory of a kernel's machine code."""
+    output = _dump(cubin, "--dump-resource-usage")
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
 
 
 def _describe(function: JITFunction, compiled: Any, case: Case, precision: str, architecture: int) -> Kernel:
-    resources = _resources(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    resources = _resources(cubin)
+    spills_in_loops = 0
+    if resources["STACK"] + resources["LOCAL"]:
+        spills_in_loops = count_in_loops(parse_instructions(_dump(cubin, "-sass")), ("LDL", "STL"))
     constants = {function.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     return Kernel(
         kernel=f"{function.__module__.split('.')[-2]}.{function.__name__}",
@@ -110,6 +131,7 @@ def _describe(function: JITFunction, compiled: Any, case: Case, precision: str, 
         registers=resources["REG"],
         stack=resources["STACK"],
         local=resources["LOCAL"],
+        spills_in_loops=spills_in_loops,
         # The assembler's number and Triton's count the static and the dynamic part.
         shared=resources["SHARED"] + compiled.metadata.shared,
         matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
@@ -256,6 +278,13 @@ def _call(case: Case, dtype: torch.dtype, quick: bool, autocast: bool = False) -
             output.backward(torch.empty_like(output))
 
 
+@contextmanager
+def _programs(few: bool) -> Iterator[None]:
+    """Within the context products are launched as with few tokens, or as with many, whatever there are."""
+    with patch.object(matmul_configs, "MULTIPROCESSORS", sys.maxsize if few else 0):
+        yield
+
+
 def compile_all(architecture: int, precision: str, operators: Iterable[str], quick: bool) -> list[tuple[Kernel, float]]:
     """Every kernel that the operators launch in a precision, once, and the seconds it took to compile."""
     dtype, float32_precision = PRECISIONS[precision]
@@ -265,9 +294,11 @@ def compile_all(architecture: int, precision: str, operators: Iterable[str], qui
     with compiling(architecture) as compiled:
         for case in (case for operator in operators for case in cases(operator, quick)):
             known = set(compiled)
-            _call(case, dtype, quick)
-            if not quick and dtype != torch.float32 and case.name in ("96 channels", "GRN", "96 to 192 channels"):
-                _call(case, dtype, quick, autocast=True)
+            for few in (False, True) if case.operator in PRODUCTS else (False,):
+                with _programs(few):
+                    _call(case, dtype, quick)
+                    if not quick and dtype != torch.float32 and case.name in AUTOCAST:
+                        _call(case, dtype, quick, autocast=True)
             for function, kernel, seconds in [compiled[key] for key in compiled if key not in known]:
                 kernels.append((_describe(function, kernel, case, precision, architecture), seconds))
     return kernels
@@ -286,7 +317,8 @@ def compile_candidates(architecture: int, precision: str) -> list[tuple[Kernel, 
     """As `compile_all`, of the tunable kernels in every configuration."""
     torch.set_num_threads(1)
     kernels = []
-    with compiling(architecture) as compiled:
+    # A key with few tokens has no candidate that the one with many has not.
+    with compiling(architecture) as compiled, _programs(few=False):
         for workload in _candidate_workloads(architecture, precision):
             tensors = workload.draw(torch.device("cpu"), seed=0)
             for config in workload.tunable.candidates(workload.key):

@@ -145,6 +145,14 @@ def _threads(values: str) -> int:
     return x * y * z
 
 
+def parse_instructions(sass: str) -> tuple[Instruction, ...]:
+    """The instructions of one kernel's disassembly."""
+    return tuple(
+        Instruction(int(address, 16), condition or None, opcode, operands)
+        for address, condition, opcode, operands in _INSTRUCTION.findall(sass)
+    )
+
+
 def compile_source(source: Path, architectures: Sequence[str], *flags: str) -> list[MachineCode]:
     """Every kernel of a source, for every architecture, in one call of nvcc.
 
@@ -182,10 +190,7 @@ def compile_source(source: Path, architectures: Sequence[str], *flags: str) -> l
             spill_loads=int(report["loads"]),
             shared=int(report["shared"] or 0),
             threads=threads.get(key),
-            instructions=tuple(
-                Instruction(int(address, 16), condition or None, opcode, operands)
-                for address, condition, opcode, operands in _INSTRUCTION.findall(bodies[key])
-            ),
+            instructions=parse_instructions(bodies[key]),
         )
         for key, report in reports.items()
     ]
@@ -287,6 +292,13 @@ def _path(code: MachineCode, body: Body, working: Collection[str]) -> set[int]:
         path.add(node)
         node = best[node][1]
     return path
+
+
+def count_in_loops(instructions: Sequence[Instruction], names: Collection[str]) -> int:
+    """How many instructions of these names a kernel has in its loops."""
+    edges = _edges(instructions)
+    looped = set().union(*_loops(edges, _reached(0, edges)).values())
+    return sum(instructions[node].name in names for node in looped)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from support import refusal
 pytest.importorskip("triton")
 from benchmarks import static_report
 from benchmarks.kernel_work import SHAPES, WORK, Loop, Work
-from benchmarks.machine_code import Instruction, MachineCode, compile_source, find_nvcc, main_loop
+from benchmarks.machine_code import Instruction, MachineCode, compile_source, count_in_loops, find_nvcc, main_loop
 from benchmarks.static_report import (
     DEVICES,
     Kernel,
@@ -183,6 +183,13 @@ def test_a_pass_leaves_out_what_need_not_run():
     assert opcodes_of_pass == ["MOV", "BRA", "LDS", "BRA", "STS", "BRA"]  # the shorter of both ways
     products = opcodes(main_loop(code, working=["FFMA"]).instructions)
     assert products == ["MOV", "BRA", "LDS", "BRA", "FFMA", "BRA", "BRA"]
+
+
+def test_spills_are_counted_in_loops_alone():
+    code = code_of(
+        "STL [R1], R2", "LDL R2, [R1]", "HMMA", "LDL.64 R4, [R1+0x8]", "@P0 BRA 0x10", "LDL R6, [R1]", "EXIT"
+    )
+    assert count_in_loops(code.instructions, ("LDL", "STL")) == 2
 
 
 def test_code_for_divergent_warps_is_not_followed():

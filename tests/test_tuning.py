@@ -10,23 +10,26 @@ import torch
 from support import device_of
 
 from convnext_kernels import parity
+from convnext_kernels.backends import interpreting
 from convnext_kernels.cli import tune, tune_plan
 from convnext_kernels.cli.tune import write_table
 from convnext_kernels.cli.workloads import PRECISIONS, workloads
-from convnext_kernels.ops.common import tuning
+from convnext_kernels.ops.common import matmul_configs, tuning
+from convnext_kernels.ops.common.launch import architecture
 from convnext_kernels.ops.common.tuning import Entry, read_table, trying, tunables
 from convnext_kernels.ops.layer_norm import configs as layer_norm
 
 GPU = "NVIDIA Test 1"
 IMAGE = (1, 80, 3, 23)
 """Of which no dimension is a whole number of tiles."""
+ARCHITECTURE = architecture(torch.device("cuda")) if interpreting() or torch.cuda.is_available() else 90
 
 
 def small_workloads():
     """Every kernel once, plain matrix products in every precision."""
     found = {}
     for precision in ("float16", "float32", "tf32"):
-        for of in workloads(IMAGE, precision, 90, grn=True, size=3):
+        for of in workloads(IMAGE, precision, ARCHITECTURE, grn=True, size=3):
             if precision == "float16" or ("matmul" in of.tunable.name and not of.key[-1]):
                 found.setdefault((precision, of.tunable, of.call), of)
     return list(found.values())
@@ -35,17 +38,24 @@ def small_workloads():
 SMALL = small_workloads()
 
 
-@pytest.mark.parametrize("workload", SMALL, ids=str)
-def test_every_candidate_gives_the_same_results(workload, monkeypatch):
-    pytest.importorskip("triton")
-    device = torch.device(device_of("triton"))
-    tensors, asked, config_of = workload.draw(device, seed=0), set(), tuning._config
+@pytest.fixture
+def asked(monkeypatch):
+    """The names under which configurations were looked up."""
+    names, config_of = set(), tuning._config
 
     def recorded(tunable, device, dtype, key):
-        asked.add((tunable.name, str(dtype).removeprefix("torch."), key))
+        names.add((tunable.name, str(dtype).removeprefix("torch."), key))
         return config_of(tunable, device, dtype, key)
 
     monkeypatch.setattr(tuning, "_config", recorded)
+    return names
+
+
+@pytest.mark.parametrize("workload", SMALL, ids=str)
+def test_every_candidate_gives_the_same_results(workload, asked):
+    pytest.importorskip("triton")
+    device = torch.device(device_of("triton"))
+    tensors = workload.draw(device, seed=0)
     with parity.poisoned_memory():
         expected = workload.run(tensors)
         assert workload.name in asked
@@ -54,6 +64,17 @@ def test_every_candidate_gives_the_same_results(workload, monkeypatch):
         for config in others:
             with trying(workload.tunable, config):
                 assert tune.disagreement(workload.run(tensors), expected) is None, config
+
+
+def test_products_of_odd_sizes_are_measured_as_they_are_launched(asked):
+    pytest.importorskip("triton")
+    device = torch.device(device_of("triton"))
+    products = [
+        of for of in workloads((1, 40, 3, 5), "float16", ARCHITECTURE, grn=False) if "matmul" in of.tunable.name
+    ]
+    for workload in products:
+        workload.run(workload.draw(device, seed=0))
+    assert products and {workload.name for workload in products} <= asked
 
 
 def test_every_kernel_is_measured_and_every_tile_is_a_power_of_two():
@@ -66,9 +87,17 @@ def test_every_kernel_is_measured_and_every_tile_is_a_power_of_two():
             assert all(size > 0 and size & (size - 1) == 0 for size in sizes.values()), (workload, config)
 
 
-def test_nothing_is_keyed_on_the_batch():
-    names = [[workload.name for workload in workloads((n, *IMAGE[1:]), "float16", 90, grn=True)] for n in (1, 300)]
-    assert names[0] == names[1]
+def test_nothing_is_keyed_on_the_batch_but_whether_there_are_few_programs(monkeypatch):
+    """Both are measured, also where a batch has many."""
+    monkeypatch.setattr(matmul_configs, "interpreting", lambda: False)
+    one, many, more = (
+        {workload.name for workload in workloads((n, *IMAGE[1:]), "float16", ARCHITECTURE, grn=True)}
+        for n in (1, 300, 301)
+    )
+    assert one < many == more
+    few = matmul_configs.MATMUL.parameters.index("few")
+    assert {key[few] for kernel, _, key in many - one if kernel == "common.matmul"} == {0}
+    assert {key[few] for kernel, _, key in one if kernel == "common.matmul"} == {1}
 
 
 @pytest.fixture

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnext_kernels.ops.common.matmul_configs import LONG_MATMUL, MATMUL, operand_bits
+from convnext_kernels.ops.common.matmul_configs import (
+    LONG_MATMUL,
+    MATMUL,
+    Kind,
+    aligned,
+    few_programs,
+    operand_bits,
+)
 from convnext_kernels.ops.common.tuning import Key, Name, Tunable
 from convnext_kernels.ops.convnext_block.configs import RECOMPUTED_CHANNELS
 from convnext_kernels.ops.depthwise_conv import configs as depthwise_conv
@@ -231,33 +238,54 @@ def _bits(precision: str) -> int:
         return operand_bits(dtype)
 
 
+def _layers(count: int, channels: int, precision: str, architecture: int) -> Iterator[Workload]:
+    """The MLP's products over so many tokens."""
+    hidden, bits = 4 * channels, _bits(precision)
+    tokens, activations = (count, channels), (count, hidden)
+    layer1, layer2 = {"weight1": (hidden, channels), "bias1": (hidden,)}, {"weight2": (channels, hidden)}
+
+    def product(
+        columns: int, inner: int, kind: Kind, call: Callable[..., Any], shapes: dict[str, tuple[int, ...]]
+    ) -> Workload:
+        few = few_programs(count, columns)
+        key = columns, inner, bits, int(aligned(kind, columns, inner)), int(few), architecture
+        return Workload(MATMUL, key, precision, shapes, call, flops=2 * count * channels * hidden)
+
+    shapes = {"tokens": tokens, "weight": (hidden, channels), "bias": (hidden,)}
+    yield product(hidden, channels, Kind.PLAIN, _product, shapes)
+    shapes = {"tokens": activations, "weight": (channels, hidden), "bias": (channels,), "residual": tokens}
+    yield product(channels, hidden, Kind.PLAIN, _product, shapes)
+    if channels % 16 == 0:  # else what holds for the product holds for this one
+        shapes = {"grad": tokens, **layer2}
+        if channels <= RECOMPUTED_CHANNELS:
+            yield product(hidden, channels, Kind.RECOMPUTED, _derivative, {**shapes, "tokens": tokens, **layer1})
+        else:
+            yield product(
+                hidden, channels, Kind.DERIVATIVE, _saved_derivative, {**shapes, "pre_activation": activations}
+            )
+
+
 def _products(image: tuple[int, int, int, int], precision: str, architecture: int) -> Iterator[Workload]:
     batch, channels, height, width = image
     count, hidden, bits = batch * height * width, 4 * channels, _bits(precision)
-    product = 2 * count * channels * hidden
-    tokens, activations = (count, channels), (count, hidden)
-    layer1, layer2 = {"weight1": (hidden, channels), "bias1": (hidden,)}, {"weight2": (channels, hidden)}
-    one_kernel = {"input": image, **layer1, **layer2, "bias2": (channels,), "residual": image}
+    flops = 2 * count * channels * hidden
     if bits == 16 and mlp.fused_config(channels, architecture) is not None:
-        yield Workload(mlp.FUSED, (channels, architecture), precision, one_kernel, _one_kernel_mlp, 2 * product)
+        layer1, layer2 = {"weight1": (hidden, channels), "bias1": (hidden,)}, {"weight2": (channels, hidden)}
+        shapes = {"input": image, **layer1, **layer2, "bias2": (channels,), "residual": image}
+        yield Workload(mlp.FUSED, (channels, architecture), precision, shapes, _one_kernel_mlp, 2 * flops)
+    # One image may have few programs, which other tiles are for.
+    counts = (height * width, count)
+    layers = [layer for tokens in counts for layer in _layers(tokens, channels, precision, architecture)]
+    yield from {layer.name: layer for layer in layers}.values()
 
-    matmul, long_matmul = (partial(Workload, tunable, flops=product) for tunable in (MATMUL, LONG_MATMUL))
-    first, second = (hidden, channels, bits), (channels, hidden, bits)
-    unaligned = int(channels % 16 > 0)
-    shapes = {"tokens": tokens, "weight": (hidden, channels), "bias": (hidden,)}
-    yield matmul((*first, unaligned), precision, shapes, _product)
-    shapes = {"tokens": activations, "weight": (channels, hidden), "bias": (channels,), "residual": tokens}
-    yield matmul((*second, int(hidden % 16 > 0)), precision, shapes, _product)
-    if not unaligned:  # else what holds for the product holds for this one
-        shapes = {"grad": tokens, **layer2}
-        if channels <= RECOMPUTED_CHANNELS:
-            yield matmul((*first, 1), precision, {**shapes, "tokens": tokens, **layer1}, _derivative)
-        else:
-            yield matmul((*first, 1), precision, {**shapes, "pre_activation": activations}, _saved_derivative)
-    for key, a, b in (((hidden, channels, bits, 0), activations, tokens), ((*second, 0), tokens, activations)):
-        yield long_matmul(key, precision, {"a": a, "b": b}, _over_tokens)
-    shapes = {"a": tokens, "b": activations, "drop_path_factor": (batch,)}
-    yield long_matmul((*second, 1), precision, shapes, _over_tokens)
+    tokens, activations = (count, channels), (count, hidden)
+    long_matmul = partial(Workload, LONG_MATMUL, precision=precision, call=_over_tokens, flops=flops)
+    for rows, columns, a, b in ((hidden, channels, activations, tokens), (channels, hidden, tokens, activations)):
+        kind = int(aligned(Kind.PLAIN, rows, columns))
+        yield long_matmul(key=(rows, columns, bits, kind, architecture), shapes={"a": a, "b": b})
+    if channels % 16 == 0:
+        scaled = {"a": tokens, "b": activations, "drop_path_factor": (batch,)}
+        yield long_matmul(key=(channels, hidden, bits, int(Kind.SCALED), architecture), shapes=scaled)
 
 
 def workloads(

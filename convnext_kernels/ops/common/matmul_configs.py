@@ -1,11 +1,18 @@
-"""Launch configurations of the matrix product: data, and the rule that picks among them."""
+"""Launch configurations of the matrix product: data, and the rule that picks among them.
+
+No tile has been measured by us. They follow the instructions of the compiled kernels and what others measured: vLLM's
+tuned tables of a product with plain loads as ours (fused_moe, one expert) take 128x128x64 with 4 warps on an A100 from
+1536 rows on, 128x256x64 with 8 on an H100 from 5120, at 2048 and more of the inner dimension.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 
+from convnext_kernels.backends import interpreting
 from convnext_kernels.ops.common.launch import float32_precision
 from convnext_kernels.ops.common.tuning import Tunable
 
@@ -22,55 +29,108 @@ class MatmulConfig:
     registers: int | None = None
 
 
-# 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take 97 KB
-# of shared memory on sm_90, and 64 KB on sm_80, within the 99 KB of its smaller sisters.
-WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
-# Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
-# spills with the derivative's epilogue (200 bytes), patches as output (5 KB), scaled operands (8) or 24 channels (152).
-NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
-# Half as deep where there may be two products in one: their 74 KB on sm_90 leave room for a second program beside the
-# first, to multiply during its epilogue, and 96 channels are three whole steps.
-SHALLOW = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3)
-SHALLOW_INNER = 256
-TF32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
-# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. With
-# TF32's, sums over tokens spill 72 bytes on sm_80; half as deep instead of half as wide, 8 on sm_90.
-FLOAT32 = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
+class Kind(IntEnum):
+    """What a product's tile depends on beside its shape: which registers it needs beside its sums."""
+
+    PLAIN = 0
+    PATCHES = 1
+    """An operand is the patches of images."""
+    SCALED = 2
+    """An operand is scaled as it is read."""
+    DERIVATIVE = 3
+    """The product is multiplied by an activation's derivative."""
+    RECOMPUTED = 4
+    """And what that is taken at is a second product."""
+    ELEMENTS = 5
+    """It stores patches, or a size is no multiple of 16: Triton reads and writes element by element."""
+
 
 # With 128 registers a thread two programs of 8 warps fit on a multiprocessor.
 TWO_PROGRAMS = 128
-# Twice the tile: three quarters of WIDE's bytes from L2.
-BROAD = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
-# Candidates may spill, BROAD 160 bytes with a residual on sm_90: what that costs is measured.
-NARROW_CANDIDATES = [
-    NARROW,
-    SHALLOW,
-    replace(NARROW, registers=TWO_PROGRAMS),
-    MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=4),
-    MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=4),
-    MatmulConfig(block_m=64, block_n=128, block_k=64, warps=8, stages=3),
-    MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4),
-]
-WIDE_CANDIDATES = [
+
+# sm_90 and sm_100: matrix instructions read shared memory, and what limits is what comes from L2, less for large tiles.
+# 128x128 of float32 accumulators is 64 registers a thread with 8 warps; three stages of 64-deep 16-bit tiles take 97 KB
+# of shared memory, so that one program multiplies during the epilogue of the other.
+WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
+# Twice the tile, three quarters of the bytes, alone on its multiprocessor: where the loop is long beside the epilogue.
+# On sm_100 TALL spills up to 280 bytes: not there.
+BROAD = MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3)
+TALL = MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3)
+LONG_INNER = 1024
+# As broad where an operand is scaled, which passes through registers: less often, the larger the other one's tile.
+BROAD_SHALLOW = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
+
+# mma.sync, on all others: operands are loaded from shared memory, which takes 0.8 of the multiplication's clocks where
+# a warp has 64x64 of the tile and 1.0 with 8 warps. Of these two programs fit on a multiprocessor, of 255 registers and
+# in 100 KB of shared memory; of 8 warps one.
+WIDE_OF_4 = MatmulConfig(block_m=128, block_n=128, block_k=32, warps=4, stages=4)
+NARROW_OF_4 = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=4, stages=3)
+
+# Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
+# spills with the derivative's epilogue (200 bytes), patches as output (5 KB), scaled operands (8) or 24 channels (152).
+NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
+# Half as deep for two products in one, whose 74 KB on sm_90 leave room for a second program beside the first, to
+# multiply during its epilogue, and for few steps: 96 channels are three whole ones.
+SHALLOW = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3)
+SHALLOW_INNER = 256
+
+# Where there are few programs: four for each of WIDE's.
+SMALL = MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4)
+SMALL_SHALLOW = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=4)
+
+# TF32: half the rate for twice the bytes. On sm_80 shared memory takes 1.15 of the multiplication's clocks, 1.4 where
+# both operands are transposed; with 64x64 2.1 and 2.8, for what spills otherwise.
+TF32_WIDE = MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=3)
+TF32_OF_4 = MatmulConfig(block_m=64, block_n=128, block_k=32, warps=4, stages=3)
+TF32_SMALL = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=3)
+TF32_OF_8 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
+
+# float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. A
+# thread has 32 of the products; with 8, as in the small tile, shared memory takes 1.6 of their clocks on sm_80 and 3.3
+# on sm_90. Over tokens twice the depth spills 232 bytes.
+FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=2)
+FLOAT32_LONG = MatmulConfig(block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+FLOAT32_SMALL = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
+
+# Candidates may spill: what that costs is measured.
+CANDIDATES = [
+    WIDE,
     replace(WIDE, registers=TWO_PROGRAMS),
-    MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=4),
-    MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4),
-    MatmulConfig(block_m=64, block_n=256, block_k=64, warps=8, stages=3),
+    replace(WIDE, warps=4),
+    WIDE_OF_4,
+    replace(WIDE_OF_4, warps=8),
+    NARROW,
+    replace(NARROW, registers=TWO_PROGRAMS),
+    NARROW_OF_4,
+    SHALLOW,
+    replace(SHALLOW, registers=TWO_PROGRAMS),
+    replace(SHALLOW, stages=4),
+    MatmulConfig(block_m=64, block_n=128, block_k=64, warps=4, stages=3),
+    SMALL,
+    SMALL_SHALLOW,
 ]
+LARGE_CANDIDATES = [BROAD, BROAD_SHALLOW, TALL]
 TF32_CANDIDATES = [
-    MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=3),
-    MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=3),
+    TF32_WIDE,
+    TF32_OF_4,
+    TF32_SMALL,
+    TF32_OF_8,
+    MatmulConfig(block_m=128, block_n=64, block_k=32, warps=4, stages=3),
     MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3),
-    MatmulConfig(block_m=128, block_n=32, block_k=32, warps=8, stages=3),
 ]
-# 32x32 with 4 warps spill 8 bytes with sums of rows on sm_90.
 FLOAT32_CANDIDATES = [
-    MatmulConfig(block_m=32, block_n=64, block_k=32, warps=8, stages=2),
+    FLOAT32,
+    FLOAT32_LONG,
+    FLOAT32_SMALL,
+    MatmulConfig(block_m=128, block_n=64, block_k=16, warps=8, stages=2),
     MatmulConfig(block_m=64, block_n=32, block_k=16, warps=8, stages=2),
 ]
 
-# Split reductions aim at this many programs: four for each of the 132 multiprocessors of an H200.
-SPLIT_PROGRAMS = 512
+MULTIPROCESSORS = 128
+"""About as many as an A100 (108) and an H200 (132) have."""
+
+# Split reductions aim at four programs for each, fewer where a tile, and so a partial result, is larger than 128x128.
+SPLIT_PROGRAMS = 4 * MULTIPROCESSORS
 # A split shorter than this costs more in its partial result than it gains in parallelism.
 MINIMUM_SPLIT = 512
 
@@ -85,50 +145,116 @@ def operand_bits(dtype: torch.dtype) -> int:
     return 32 if float32_precision() == "ieee" else TF32_BITS
 
 
-def _deep_config(columns: int, bits: int, needs_registers: int) -> MatmulConfig:
-    if bits != 16:
-        return TF32 if bits == TF32_BITS else FLOAT32
-    return NARROW if columns <= 64 or needs_registers else WIDE
+def _tiles(rows: int, columns: int, config: MatmulConfig) -> int:
+    return -(-rows // config.block_m) * -(-columns // config.block_n)
 
 
-def matmul_config(columns: int, inner: int, bits: int, needs_registers: int) -> MatmulConfig:
+def few_programs(rows: int, columns: int) -> bool:
+    """Whether tiles of 128x128 would leave multiprocessors idle; Triton's interpreter has none."""
+    return _tiles(rows, columns, WIDE) < MULTIPROCESSORS and not interpreting()
+
+
+def aligned(kind: Kind, *sizes: int) -> Kind:
+    """The kind, or `Kind.ELEMENTS` where one of the sizes, those of rows in memory, is no multiple of 16."""
+    return Kind.ELEMENTS if any(size % 16 for size in sizes) else kind
+
+
+def _loads_operands(architecture: int) -> bool:
+    """Whether matrix instructions read registers (mma.sync), not shared memory (wgmma, tcgen05)."""
+    return architecture // 10 not in (9, 10)
+
+
+def _tf32_config(kind: int, architecture: int) -> MatmulConfig:
+    if kind in (Kind.PATCHES, Kind.ELEMENTS):
+        return TF32_OF_8
+    if kind in (Kind.DERIVATIVE, Kind.RECOMPUTED):
+        return TF32_SMALL
+    return TF32_OF_4 if _loads_operands(architecture) else TF32_WIDE
+
+
+def _small_config(bits: int, kind: int) -> MatmulConfig:
+    if bits == 16:
+        return SMALL if kind == Kind.PLAIN else SMALL_SHALLOW
+    if bits != TF32_BITS:
+        return FLOAT32_SMALL
+    return TF32_OF_8 if kind == Kind.ELEMENTS else TF32_SMALL
+
+
+def _eight_warps(columns: int) -> MatmulConfig:
+    return NARROW if columns <= 64 else WIDE
+
+
+def _plain_config(columns: int, inner: int, architecture: int) -> MatmulConfig:
+    if _loads_operands(architecture):
+        # 192 columns are three times 64.
+        half_empty = 0 < columns % 128 <= 64
+        return NARROW_OF_4 if half_empty else WIDE_OF_4
+    large = architecture // 10 == 9 and columns > 64 and inner >= LONG_INNER
+    return TALL if large else _eight_warps(columns)
+
+
+def matmul_config(columns: int, inner: int, bits: int, kind: int, few: int, architecture: int) -> MatmulConfig:
     """The configuration for an output of so many columns.
 
     Args:
         bits: `operand_bits`.
-        needs_registers: 1 if the product has a prologue, multiplies by a derivative, stores patches or, for want of
-            alignment, loads element by element; else 0.
+        kind: a `Kind`.
+        few: 1 where `few_programs`, else 0.
+        architecture: as `ops.common.launch.architecture` gives it.
     """
-    if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
-        return SHALLOW
-    return _deep_config(columns, bits, needs_registers)
+    if few:
+        return _small_config(bits, kind)
+    if bits == TF32_BITS:
+        return _tf32_config(kind, architecture)
+    if bits != 16:
+        return FLOAT32_SMALL if kind in (Kind.RECOMPUTED, Kind.ELEMENTS) else FLOAT32
+    if kind == Kind.PLAIN:
+        return _plain_config(columns, inner, architecture)
+    if kind == Kind.PATCHES:
+        return _eight_warps(columns)
+    tile = SHALLOW if kind == Kind.RECOMPUTED or inner <= SHALLOW_INNER else NARROW
+    # Derivatives take up to 186 registers where they are let, and up to 143 on sm_90.
+    return tile if kind == Kind.ELEMENTS else replace(tile, registers=TWO_PROGRAMS)
 
 
-def _tiles(columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
+def matmul_candidates(
+    columns: int, inner: int, bits: int, kind: int, few: int, architecture: int
+) -> list[MatmulConfig]:
+    """Other shapes of the tile, depths, numbers of warps, stages and registers."""
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
-    wide = WIDE_CANDIDATES if columns > 64 else []
-    broad = [BROAD] if columns >= BROAD.block_n and not needs_registers else []
-    return [*wide, *NARROW_CANDIDATES, *broad]
+    if kind == Kind.PLAIN and columns > 64 and not few:
+        return [*CANDIDATES, *LARGE_CANDIDATES]
+    if kind != Kind.RECOMPUTED and inner > SHALLOW_INNER:
+        return CANDIDATES
+    # Where they may be two products in one, larger tiles want more shared memory than there is, 241 KB on sm_90.
+    return [tile for tile in CANDIDATES if (tile.block_m + tile.block_n) * tile.block_k * tile.stages <= 49152]
 
 
-def matmul_candidates(columns: int, inner: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
-    """Other shapes of the tile, depths, numbers of stages and of registers."""
-    found = _tiles(columns, bits, needs_registers)
-    if bits == 16 and needs_registers and inner <= SHALLOW_INNER:
-        # Where they may be two products in one, larger tiles want more shared memory than there is, 241 KB on sm_90.
-        return [tile for tile in found if (tile.block_m + tile.block_n) * tile.block_k * tile.stages <= 49152]
-    return found
+def long_matmul_config(rows: int, columns: int, bits: int, kind: int, architecture: int) -> MatmulConfig:
+    """For an inner dimension of tokens, arguments as `matmul_config`'s."""
+    if bits == TF32_BITS:
+        return _tf32_config(kind, architecture)
+    if bits != 16:
+        return FLOAT32_SMALL if kind == Kind.ELEMENTS else FLOAT32_LONG
+    if kind in (Kind.PATCHES, Kind.ELEMENTS):
+        return _eight_warps(columns)
+    if _loads_operands(architecture):
+        return NARROW_OF_4 if kind == Kind.SCALED or columns <= 64 else WIDE_OF_4
+    if architecture // 10 != 9 or columns <= 64:
+        return NARROW if kind == Kind.SCALED else _eight_warps(columns)
+    if kind == Kind.SCALED:
+        return BROAD_SHALLOW if columns > 128 else NARROW
+    if columns % BROAD.block_n == 0:
+        return BROAD
+    return TALL if rows % TALL.block_m == 0 else WIDE
 
 
-def long_matmul_config(rows: int, columns: int, bits: int, needs_registers: int) -> MatmulConfig:
-    """For an inner dimension of tokens: as `matmul_config` for a deep one, whatever the number of rows."""
-    return _deep_config(columns, bits, needs_registers)
-
-
-def long_matmul_candidates(rows: int, columns: int, bits: int, needs_registers: int) -> list[MatmulConfig]:
+def long_matmul_candidates(rows: int, columns: int, bits: int, kind: int, architecture: int) -> list[MatmulConfig]:
     """As `matmul_candidates`."""
-    return _tiles(columns, bits, needs_registers)
+    if bits != 16:
+        return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
+    return [*CANDIDATES, *(LARGE_CANDIDATES if max(rows, columns) > 128 else ())]
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)
@@ -137,5 +263,5 @@ LONG_MATMUL = Tunable("common.long_matmul", long_matmul_config, long_matmul_cand
 
 def split_count(rows: int, columns: int, inner: int, config: MatmulConfig) -> int:
     """In how many parts a product with a long inner dimension is summed; from the shape alone, so runs agree."""
-    tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
-    return max(1, min(-(-inner // MINIMUM_SPLIT), SPLIT_PROGRAMS // tiles))
+    larger = max(1, config.block_m * config.block_n // (WIDE.block_m * WIDE.block_n))
+    return max(1, min(-(-inner // MINIMUM_SPLIT), SPLIT_PROGRAMS // larger // _tiles(rows, columns, config)))

@@ -9,8 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import float32_precision, launch, round_up
-from convnext_kernels.ops.common.matmul_configs import LONG_MATMUL, MATMUL, MatmulConfig, operand_bits, split_count
+from convnext_kernels.ops.common.launch import architecture, float32_precision, launch, round_up
+from convnext_kernels.ops.common.matmul_configs import (
+    LONG_MATMUL,
+    MATMUL,
+    Kind,
+    MatmulConfig,
+    aligned,
+    few_programs,
+    operand_bits,
+    split_count,
+)
 from convnext_kernels.ops.common.triton_drop_path import DropPath
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
@@ -333,12 +342,20 @@ def _launch(
 PLAIN = Epilogue()
 
 
+def _kind(a: Matrix, out: Matrix, epilogue: Epilogue) -> Kind:
+    if out.patch:
+        return Kind.ELEMENTS
+    if epilogue.derivative:
+        return Kind.DERIVATIVE if epilogue.recomputed is None else Kind.RECOMPUTED
+    return Kind.PATCHES if a.patch else Kind.PLAIN
+
+
 def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = PLAIN) -> None:
     """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
-    # Triton knows of an alignment only where a size is a multiple of 16.
-    needs_registers = epilogue.derivative or out.patch > 0 or shape[2] % 16 > 0
-    _, columns, inner = shape
-    config = MATMUL(a.tensor, columns, inner, operand_bits(a.tensor.dtype), int(needs_registers))
+    rows, columns, inner = shape
+    bits, few, device = operand_bits(a.tensor.dtype), few_programs(rows, columns), a.tensor.device
+    kind = aligned(_kind(a, out, epilogue), columns, inner)
+    config = MATMUL(a.tensor, columns, inner, bits, kind, int(few), architecture(device))
     _launch(a, b, out, shape, config, epilogue)
 
 
@@ -354,8 +371,9 @@ def long_matmul(
         drop_path: its kept images alone are summed over. With `scale_tokens` its factor multiplies.
     """
     rows, columns, inner = shape
-    needs_registers = drop_path is not None and scale_tokens
-    config = LONG_MATMUL(a.tensor, rows, columns, operand_bits(a.tensor.dtype), int(needs_registers))
+    bits, device = operand_bits(a.tensor.dtype), a.tensor.device
+    kind = Kind.SCALED if drop_path is not None and scale_tokens else Kind.PATCHES if b.patch else Kind.PLAIN
+    config = LONG_MATMUL(a.tensor, rows, columns, bits, aligned(kind, rows, columns), architecture(device))
     splits = split_count(rows, columns, inner, config)
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)

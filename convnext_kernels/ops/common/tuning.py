@@ -46,7 +46,7 @@ class Tunable(Generic[Config]):
     """A kernel's launch configurations.
 
     Called with the kernel's input and the rule's arguments, that is the key, it gives the configuration to launch with.
-    Nothing that changes from batch to batch may be in the key.
+    Nothing that changes from batch to batch may be in the key, unless in two or three classes.
 
     Args:
         name: folder.kernel.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from convnext_kernels.ops.common.tuning import Tunable
 
@@ -11,15 +12,27 @@ from convnext_kernels.ops.common.tuning import Tunable
 TOKENS = 128
 WARPS = 8
 
-# By compute capability's first number: up to so many channels, so many hidden channels of a step. Compiled for sm_80,
-# 160 channels take 255 registers with 64 hidden channels and 188 with 32; 192 spill 48 to 96 bytes with 64, 8 with 32
-# (tanh) and none with 16, but for sm_120 8 even then, as do 48 with 64. The matrix units of sm_90 and sm_100 read
-# weights from shared memory, 145 KB of it at 192 channels, where sm_90 takes 217 to 255 registers.
+
+class Step(NamedTuple):
+    """Hidden channels of a step, and warps."""
+
+    hidden: int
+    warps: int = WARPS
+
+
+# By compute capability's first number: up to so many channels, which step. Where matrix instructions read registers
+# (sm_80, sm_120) every warp loads all weights from shared memory: with 8 warps that takes 1.4 of the multiplication's
+# clocks at 96 channels and 1.3 at 128, and one program fits; with 4 0.9, and two do, of 255 registers. At 128 channels
+# up to 104 bytes spill then, none in the loop; at 160 in the loop, or 232. At 160 channels 8 warps take 255 registers
+# with 64 hidden channels and 188 with 32. At 192, 48 to 96 bytes spill with 64, 8 with 32 (tanh); with 16 shared memory
+# takes 1.7 of the clocks: two products are predicted to be a quarter faster. sm_120 spills 8 bytes more. sm_90 and
+# sm_100 read weights from shared memory as they multiply, 145 KB of it at 192 channels, where sm_90 takes 217 to 255
+# registers.
 STEPS = {
-    8: {128: 64, 160: 32, 192: 16},
-    9: {192: 64},
-    10: {192: 64},
-    12: {48: 32, 128: 64, 160: 32},
+    8: {96: Step(64, 4), 128: Step(32, 4), 160: Step(32)},
+    9: {192: Step(64)},
+    10: {192: Step(64)},
+    12: {48: Step(32), 128: Step(64), 160: Step(32)},
 }
 
 
@@ -47,21 +60,21 @@ def fused_config(channels: int, architecture: int) -> FusedConfig | None:
     high = channels - low
     splits = low >= 32 and (high == 0 or (high >= 16 and high & (high - 1) == 0))
     steps = STEPS.get(architecture // 10, {})
-    hidden = next((hidden for widest, hidden in steps.items() if channels <= widest), None)
-    if not splits or hidden is None:
+    step = next((step for widest, step in steps.items() if channels <= widest), None)
+    if not splits or step is None:
         return None
-    return FusedConfig(low, high, hidden)
+    return FusedConfig(low, high, step.hidden, warps=step.warps)
 
 
 def fused_candidates(channels: int, architecture: int) -> list[FusedConfig | None]:
-    """Steps of as many hidden channels as the rule's or fewer; half the tokens for half the warps; two programs where
-    the sums leave registers for that."""
+    """Steps of as many hidden channels as the rule's or fewer; half the warps, for as many tokens or half of them; two
+    programs where the sums leave registers for that."""
     rule = fused_config(channels, architecture)
     if rule is None:
         return []
     steps = [
         replace(rule, hidden=hidden, tokens=tokens, warps=warps)
-        for tokens, warps in ((TOKENS, WARPS), (TOKENS // 2, WARPS // 2))
+        for tokens, warps in ((TOKENS, WARPS), (TOKENS, WARPS // 2), (TOKENS // 2, WARPS // 2))
         for hidden in (16, 32, 64)
         if hidden <= rule.hidden
     ]

@@ -1,0 +1,97 @@
+"""Which tiles products are computed in: for how many programs, and what they give."""
+
+import pytest
+import torch
+from support import assert_parity, device_of
+
+from convnext_kernels import parity
+from convnext_kernels.cli.workloads import multiplying
+from convnext_kernels.ops.common import matmul_configs
+from convnext_kernels.ops.common.matmul_configs import (
+    Kind,
+    few_programs,
+    long_matmul_config,
+    matmul_config,
+    split_count,
+)
+from convnext_kernels.variants import VARIANTS
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+BITS = (16, matmul_configs.TF32_BITS, 32)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Rules as they are where there is no interpreter, whatever this machine has."""
+    monkeypatch.setattr(matmul_configs, "interpreting", lambda: False)
+
+
+def programs(rows, columns, inner, architecture=90):
+    config = matmul_config(columns, inner, 16, Kind.PLAIN, few_programs(rows, columns), architecture)
+    return -(-rows // config.block_m) * -(-columns // config.block_n)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_image_is_spread_over_the_multiprocessors(on_gpu, architecture):
+    """Of the 6 and 24 tiles of 128x128 that the third stage's products have, 24 and 96 programs are made."""
+    assert programs(196, 384, 1536, architecture) == 24
+    assert programs(196, 1536, 384, architecture) == 96
+
+
+def test_large_batches_have_large_tiles(on_gpu):
+    assert few_programs(196, 1536) and not few_programs(256 * 196, 1536)
+    assert programs(256 * 196, 1536, 384) == 392 * 12
+    assert programs(256 * 49, 768, 3072) == 49 * 6
+
+
+def test_the_interpreter_has_no_multiprocessors_to_fill(monkeypatch):
+    monkeypatch.setattr(matmul_configs, "interpreting", lambda: True)
+    assert not few_programs(1, 16)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bits", BITS)
+def test_every_product_of_every_model_has_a_tile_of_its_precision(architecture, bits):
+    """A 16-bit tile does not fit a multiprocessor with operands of 32 bits, two of them with two products in one, and
+    matrix instructions want 16 of each dimension."""
+    widths = sorted({width for variant in VARIANTS.values() for width in variant.dims})
+    for width in widths:
+        for rows, columns in ((4 * width, width), (width, 4 * width)):
+            for kind in Kind:
+                tiles = [matmul_config(columns, rows, bits, kind, few, architecture) for few in (0, 1)]
+                if kind not in (Kind.DERIVATIVE, Kind.RECOMPUTED):
+                    tiles.append(long_matmul_config(rows, columns, bits, kind, architecture))
+                for tile in tiles:
+                    assert min(tile.block_m, tile.block_n, tile.block_k) >= 16
+                    operands = (tile.block_m + tile.block_n) * (2 if kind == Kind.RECOMPUTED else 1)
+                    step = operands * tile.block_k * (2 if bits == 16 else 4)
+                    assert step * (tile.stages - 1) <= 99 << 10
+
+
+def test_partial_sums_do_not_grow_with_the_tile():
+    """At most 512 results of 128x128 are added up for a weight, unless it has more tiles itself."""
+    for rows, columns in ((3072, 768), (1536, 384), (768, 192), (384, 96)):
+        for architecture in ARCHITECTURES:
+            config = long_matmul_config(rows, columns, 16, Kind.PLAIN, architecture)
+            splits = split_count(rows, columns, 256 * 56 * 56, config)
+            tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
+            assert splits > 1 and splits * tiles * config.block_m * config.block_n <= 512 * 128 * 128
+    assert split_count(3072, 768, 100, config) == 1
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("precision", ["float16", "tf32", "float32"])
+def test_tiles_give_the_same(monkeypatch, architecture, few, precision):
+    """Of one image and of many, of GPUs that may not be here."""
+    device = device_of("triton")
+    if device != "cpu" and architecture != 10 * torch.cuda.get_device_capability()[0]:
+        pytest.skip("tiles of another GPU")
+    kernel = pytest.importorskip("convnext_kernels.ops.common.triton_matmul")
+    monkeypatch.setattr(kernel, "few_programs", lambda rows, columns: few)
+    monkeypatch.setattr(kernel, "architecture", lambda device: architecture)
+    cases = [case for case in parity.cases("mlp", small=True) if case.name.startswith("2x96x5x3")]
+    assert {case.options.get("recompute_hidden", False) for case in cases} == {False, True}
+    for case in cases:
+        with multiplying(precision) as dtype:
+            assert_parity(case, dtype, device, "triton")
