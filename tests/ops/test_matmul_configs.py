@@ -40,6 +40,7 @@ def test_one_image_is_spread_over_the_multiprocessors(on_gpu, architecture):
 
 def test_large_batches_have_large_tiles(on_gpu):
     assert few_programs(196, 1536) and not few_programs(256 * 196, 1536)
+    assert not few_programs(8 * 196, 1536), "of 64x64 there would be several on a multiprocessor"
     assert programs(256 * 196, 1536, 384) == 392 * 12
     assert programs(256 * 49, 768, 3072) == 49 * 6
 

@@ -2,7 +2,7 @@
 
 No tile has been measured by us. They follow the instructions of the compiled kernels and what others measured: vLLM's
 tuned tables of a product with plain loads as ours (fused_moe, one expert) take 128x128x64 with 4 warps on an A100 from
-1536 rows on, 128x256x64 with 8 on an H100 from 5120, at 2048 and more of the inner dimension.
+1536 rows on (1792 and 3584 wide), 128x256x64 with 8 on an H100 from 5120 (3072 wide).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
 SHALLOW = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3)
 SHALLOW_INNER = 256
 
-# Where there are few programs: four for each of WIDE's.
+# Where there are few programs: four for each of WIDE's, with half the bytes each.
 SMALL = MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4)
 SMALL_SHALLOW = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=4)
 
@@ -150,8 +150,11 @@ def _tiles(rows: int, columns: int, config: MatmulConfig) -> int:
 
 
 def few_programs(rows: int, columns: int) -> bool:
-    """Whether tiles of 128x128 would leave multiprocessors idle; Triton's interpreter has none."""
-    return _tiles(rows, columns, WIDE) < MULTIPROCESSORS and not interpreting()
+    """Whether tiles of 64x64 are at most one for each multiprocessor; Triton's interpreter has none of these.
+
+    Where they are more, several share one, and read more from L2 than the larger tiles in their place.
+    """
+    return _tiles(rows, columns, SMALL) <= MULTIPROCESSORS and not interpreting()
 
 
 def aligned(kind: Kind, *sizes: int) -> Kind:
