@@ -80,19 +80,41 @@ def test_partial_sums_do_not_grow_with_the_tile():
     assert split_count(3072, 768, 100, config) == 1
 
 
+@pytest.fixture
+def tiles(monkeypatch):
+    """Products are launched as on a GPU of the given architecture, with few programs or many."""
+    kernel = pytest.importorskip("convnext_kernels.ops.common.triton_matmul")
+
+    def launched_as(architecture, few):
+        if device_of("triton") != "cpu" and architecture != 10 * torch.cuda.get_device_capability()[0]:
+            pytest.skip("tiles of another GPU")
+        monkeypatch.setattr(kernel, "few_programs", lambda rows, columns: few)
+        monkeypatch.setattr(kernel, "architecture", lambda device: architecture)
+
+    return launched_as
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("precision", ["float16", "tf32", "float32"])
-def test_tiles_give_the_same(monkeypatch, architecture, few, precision):
+def test_tiles_give_the_same(tiles, architecture, few, precision):
     """Of one image and of many, of GPUs that may not be here."""
-    device = device_of("triton")
-    if device != "cpu" and architecture != 10 * torch.cuda.get_device_capability()[0]:
-        pytest.skip("tiles of another GPU")
-    kernel = pytest.importorskip("convnext_kernels.ops.common.triton_matmul")
-    monkeypatch.setattr(kernel, "few_programs", lambda rows, columns: few)
-    monkeypatch.setattr(kernel, "architecture", lambda device: architecture)
+    tiles(architecture, few)
     cases = [case for case in parity.cases("mlp", small=True) if case.name.startswith("2x96x5x3")]
     assert {case.options.get("recompute_hidden", False) for case in cases} == {False, True}
     for case in cases:
         with multiplying(precision) as dtype:
-            assert_parity(case, dtype, device, "triton")
+            assert_parity(case, dtype, device_of("triton"), "triton")
+
+
+def test_the_largest_tiles_give_the_same(tiles):
+    """Those of sm_90 where loops are long: of the second product and of gradients."""
+    tiles(90, few=False)
+    images, vectors = (
+        dict.fromkeys(("input", "residual"), (2, 256, 5, 3)),
+        dict.fromkeys(("bias2", "layer_scale"), (256,)),
+    )
+    layers = {"weight1": (1024, 256), "bias1": (1024,), "weight2": (256, 1024), "drop_path_factor": (2,)}
+    case = parity.Case("mlp", "2x256x5x3", {**images, **layers, **vectors})
+    assert matmul_config(256, 1024, 16, Kind.PLAIN, 0, 90) == matmul_configs.TALL
+    assert_parity(case, torch.float16, device_of("triton"), "triton")
