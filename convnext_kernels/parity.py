@@ -1,17 +1,19 @@
 """How far an operator is from the truth: its error against float64, beside PyTorch's own in the same dtype.
 
 Two measures are taken, ||out - exact|| / ||exact|| and max|out - exact| / max|exact|; the one nearer its limit counts.
-The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps) for the norm, two for the maximum, which
-is a matter of luck in small tensors. Every scale (layer scale, norm weights) is drawn near 1: at the 1e-6 that layer
-scale starts from, any kernel would pass.
+The limit is 1.5 times PyTorch's error plus one unit of rounding (half of eps) for the norm, two for the maximum. In
+small tensors both errors are a matter of luck, also of the processor's order of summation: what is over the limit is
+drawn four more times, and the means decide. Every scale (layer scale, norm weights) is drawn near 1: at the 1e-6 that
+layer scale starts from, any kernel would pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FACTOR = 1.5
 ROUNDING_UNITS = (1, 2)
 """What is allowed beyond that, in units of rounding, for the norm and for the maximum."""
+
+DRAWS = 5
+"""Of the arguments, where the first is over the limit. A large error in one of them, or a NaN, is one in their mean."""
 
 _SCALES = ("layer_scale", "norm_weight", "grn_weight")
 _NOT_DIFFERENTIABLE = ("drop_path_factor",)
@@ -232,14 +237,14 @@ def _arguments(case: Case, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _results(
-    function: Callable[..., Tensor], case: Case, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    function: Callable[..., Tensor], case: Case, tensors: Mapping[str, Tensor], dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
     wanted = [name for name in leaves if name not in _NOT_DIFFERENTIABLE]
     for name in wanted:
         leaves[name].requires_grad_()
     output = function(**_arguments(case, leaves))
-    generator = torch.Generator().manual_seed(output.numel())
+    generator = torch.Generator().manual_seed(output.numel() + seed)
     # Rounded to bfloat16, the gradient that comes in is exact in every dtype.
     grad_output = torch.randn(output.shape, generator=generator).bfloat16().to(dtype).to(output.device)
     gradients = torch.autograd.grad(output, [leaves[name] for name in wanted], LAYOUTS[case.layout](grad_output))
@@ -271,31 +276,64 @@ def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
     )
 
 
+Measured = Sequence[tuple[float, float]]
+"""Our error and PyTorch's in each of the two measures."""
+
+
+def _measure(
+    case: Case, dtype: torch.dtype, device: torch.device | str, backend: str, seed: int
+) -> dict[str, Measured]:
+    """Of the output and every gradient, by name."""
+    tensors = case.draw(dtype, device, seed)
+    definition, function = DEFINITIONS[case.operator], FUNCTIONS[case.operator]
+    exact = _results(definition, case, tensors, torch.float64, seed)
+    # PyTorch's convolutions round float32 to TF32 unless told not to, its products only where told to, as ours do.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=float32_precision() == "tf32"):
+        theirs = _results(definition, case, tensors, dtype, seed)
+    with poisoned_memory():
+        ours = _results(lambda **arguments: function(**arguments, backend=backend), case, tensors, dtype, seed)
+    return {
+        name: list(zip(errors(ours[name], truth), errors(theirs[name], truth), strict=True))
+        for name, truth in exact.items()
+    }
+
+
+def _mean(draws: Sequence[Measured]) -> Measured:
+    return [
+        (fmean(ours for ours, _ in measure), fmean(theirs for _, theirs in measure))
+        for measure in zip(*draws, strict=True)
+    ]
+
+
+def _judge(case: Case, dtype: torch.dtype, backend: str, tensor: str, measured: Measured) -> Comparison:
+    """By the measure that is nearer its limit."""
+    candidates = [
+        (our_error, torch_error, FACTOR * torch_error + units * torch.finfo(dtype).eps / 2)
+        for (our_error, torch_error), units in zip(measured, ROUNDING_UNITS, strict=True)
+    ]
+    # A NaN compares false with everything: it must come out on top.
+    worst = max(candidates, key=lambda c: float("inf") if c[0] != c[0] else c[0] / c[2])
+    return Comparison(case.operator, case.name, str(dtype).removeprefix("torch."), backend, tensor, *worst)
+
+
 def compare(
     case: Case, dtype: torch.dtype, device: torch.device | str, backend: str, seed: int = 0
 ) -> list[Comparison]:
-    """Runs a case in float64, in PyTorch and in ours, and compares the output and every gradient."""
-    tensors = case.draw(dtype, device, seed)
-    definition, function = DEFINITIONS[case.operator], FUNCTIONS[case.operator]
-    exact = _results(definition, case, tensors, torch.float64)
-    # PyTorch's convolutions round float32 to TF32 unless told not to, its products only where told to, as ours do.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=float32_precision() == "tf32"):
-        theirs = _results(definition, case, tensors, dtype)
-    with poisoned_memory():
-        ours = _results(lambda **arguments: function(**arguments, backend=backend), case, tensors, dtype)
-    comparisons = []
-    for name, truth in exact.items():
-        measured = zip(errors(ours[name], truth), errors(theirs[name], truth), ROUNDING_UNITS, strict=True)
-        candidates = [
-            (our_error, torch_error, FACTOR * torch_error + units * torch.finfo(dtype).eps / 2)
-            for our_error, torch_error, units in measured
-        ]
-        # A NaN compares false with everything: it must come out on top.
-        worst = max(candidates, key=lambda c: float("inf") if c[0] != c[0] else c[0] / c[2])
-        comparisons.append(
-            Comparison(case.operator, case.name, str(dtype).removeprefix("torch."), backend, name, *worst)
-        )
-    return comparisons
+    """Runs a case in float64, in PyTorch and in ours, and compares the output and every gradient.
+
+    Where one is over its limit the case is drawn again, and the means of `DRAWS` are its errors.
+    """
+    draws = [_measure(case, dtype, device, backend, seed)]
+    comparisons = [_judge(case, dtype, backend, name, measured) for name, measured in draws[0].items()]
+    if all(comparison.passed for comparison in comparisons):
+        return comparisons
+    draws += [_measure(case, dtype, device, backend, seed + n) for n in range(1, DRAWS)]
+    return [
+        comparison
+        if comparison.passed
+        else _judge(case, dtype, backend, comparison.tensor, _mean([draw[comparison.tensor] for draw in draws]))
+        for comparison in comparisons
+    ]
 
 
 def unsupported(case: Case, dtype: torch.dtype, device: torch.device | str, backend: str) -> list[str]:

@@ -112,6 +112,30 @@ def test_dropping_another_image_fails(monkeypatch):
     assert "output" in failures(monkeypatch, MLP, planted)
 
 
+@pytest.mark.parametrize(
+    ("limits", "times", "fails"),
+    [
+        (0, 0, False),
+        (1.5, 1, False),  # once by little: luck
+        (1.5, parity.DRAWS, True),
+        (20, 1, True),
+        (float("nan"), 1, True),
+    ],
+)
+def test_what_is_over_the_limit_is_drawn_again(monkeypatch, limits, times, fails):
+    """An error of so many limits in the first draws."""
+    (output, *_) = parity.compare(FILTER, torch.float32, "cpu", "reference")
+    operator, drawn = OPERATORS["depthwise_conv2d"], []
+
+    def planted(input, weight, bias):
+        drawn.append(input.detach())
+        right = operator(input, weight, bias)
+        return right * (1 + limits * output.limit) if len(drawn) <= times else right
+
+    assert ("output" in failures(monkeypatch, FILTER, planted)) == fails
+    assert len(drawn) == (parity.DRAWS if times else 1) and len({float(input.sum()) for input in drawn}) == len(drawn)
+
+
 def test_a_gradient_of_another_sign_fails(monkeypatch):
     class Negated(torch.autograd.Function):
         @staticmethod
