@@ -169,7 +169,7 @@ BROKEN = {
     "[" * 100_000: "cannot be read",
     "[]": "is not a table",
     '{"format": 1}': "is not a table",
-    content(format=tuning.FORMAT + 1): "format: got 2; accepted: 1",
+    content(format=tuning.FORMAT - 1): f"format: got 1; accepted: {tuning.FORMAT}",
     content(gpu="NVIDIA Test 2"): "gpu: got 'NVIDIA Test 2'; accepted: 'NVIDIA Test 1'",
     content(entries=[3]): "entry 0: accepted: kernel, dtype, key and config",
     content(entry={"kernel": "pooling"}): "entry 0: kernel: got 'pooling'",

@@ -42,8 +42,8 @@ FLOPS_OF_CUDA_CORES = 12
 """How much more an operation without matrix units takes."""
 
 EPS = 1e-6
-STATISTICS = ("rstd", "drop_path_factor")
-"""Tensors in float32 whatever the dtype of the others, and positive."""
+STATISTIC = "rstd"
+"""A tensor in float32 whatever the dtype of the others, and positive."""
 
 
 @contextmanager
@@ -93,7 +93,7 @@ class Workload:
         for name, shape in self.shapes.items():
             values = torch.randn(shape, generator=generator, device=device, dtype=self._dtype(name))
             layout = self._layout(name, shape)
-            tensors[name] = (values.abs() if name in STATISTICS else values).contiguous(memory_format=layout)
+            tensors[name] = (values.abs() if name == STATISTIC else values).contiguous(memory_format=layout)
         return tensors
 
     def empty(self) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class Workload:
         }
 
     def _dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in STATISTICS else PRECISIONS[self.precision][0]
+        return torch.float32 if name == STATISTIC else PRECISIONS[self.precision][0]
 
     @staticmethod
     def _layout(name: str, shape: tuple[int, ...]) -> torch.memory_format:
@@ -122,8 +122,8 @@ def _kernels(operator: str) -> Any:
     return import_module(f"convnext_kernels.ops.{operator}.triton_kernel")
 
 
-def _triton(name: str) -> Any:
-    return import_module(f"convnext_kernels.ops.common.triton_{name}")
+def _matmul() -> Any:
+    return import_module("convnext_kernels.ops.common.triton_matmul")
 
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ def _one_kernel_mlp(
 
 def _product(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """A layer: the first one, with its activation, or the second, with a residual."""
-    matmul, (columns, inner) = _triton("matmul"), weight.shape
+    matmul, (columns, inner) = _matmul(), weight.shape
     out = tokens.new_empty((tokens.shape[0], columns))
     epilogue = matmul.Epilogue(bias=bias, activation="gelu" if residual is None else None, residual=residual)
     operands = matmul.matrix(tokens), matmul.matrix(weight).transposed, matmul.matrix(out)
@@ -174,7 +174,7 @@ def _product(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | No
 
 def _derivative(grad: Tensor, weight2: Tensor, tokens: Tensor, weight1: Tensor, bias1: Tensor) -> Sequence[Tensor]:
     """Gradient of the pre-activation, which is computed again."""
-    matmul, (channels, hidden_width) = _triton("matmul"), weight2.shape
+    matmul, (channels, hidden_width) = _matmul(), weight2.shape
     out, hidden = (grad.new_empty((grad.shape[0], hidden_width)) for _ in range(2))
     recomputed = matmul.matrix(tokens), matmul.matrix(weight1).transposed
     epilogue = matmul.Epilogue(activation="gelu", derivative=True, hidden=hidden, recomputed=recomputed, bias=bias1)
@@ -185,7 +185,7 @@ def _derivative(grad: Tensor, weight2: Tensor, tokens: Tensor, weight1: Tensor, 
 
 def _saved_derivative(grad: Tensor, weight2: Tensor, pre_activation: Tensor) -> Sequence[Tensor]:
     """Gradient of a pre-activation that was saved."""
-    matmul, (channels, hidden_width) = _triton("matmul"), weight2.shape
+    matmul, (channels, hidden_width) = _matmul(), weight2.shape
     out, hidden = (grad.new_empty((grad.shape[0], hidden_width)) for _ in range(2))
     epilogue = matmul.Epilogue(activation="gelu", derivative=True, hidden=hidden, pre_activation=pre_activation)
     operands = matmul.matrix(grad), matmul.matrix(weight2), matmul.matrix(out)
@@ -193,13 +193,10 @@ def _saved_derivative(grad: Tensor, weight2: Tensor, pre_activation: Tensor) -> 
     return out, hidden
 
 
-def _over_tokens(a: Tensor, b: Tensor, drop_path_factor: Tensor | None = None) -> Sequence[Tensor]:
+def _over_tokens(a: Tensor, b: Tensor) -> Sequence[Tensor]:
     """Gradient of a weight, and its layer's bias."""
-    matmul, (count, rows) = _triton("matmul"), a.shape
-    images = 1 if drop_path_factor is None else len(drop_path_factor)
-    drop_path = _triton("drop_path").drop_path(drop_path_factor, count // images)
-    operands = matmul.matrix(a).transposed, matmul.matrix(b)
-    return matmul.long_matmul(*operands, (rows, b.shape[1], count), drop_path)
+    matmul, (count, rows) = _matmul(), a.shape
+    return matmul.long_matmul(matmul.matrix(a).transposed, matmul.matrix(b), (rows, b.shape[1], count))
 
 
 def _filters(image: tuple[int, int, int, int], size: int, precision: str) -> Iterator[Workload]:
@@ -283,9 +280,6 @@ def _products(image: tuple[int, int, int, int], precision: str, architecture: in
     for rows, columns, a, b in ((hidden, channels, activations, tokens), (channels, hidden, tokens, activations)):
         kind = int(aligned(Kind.PLAIN, rows, columns))
         yield long_matmul(key=(rows, columns, bits, kind, architecture), shapes={"a": a, "b": b})
-    if channels % 16 == 0:
-        scaled = {"a": tokens, "b": activations, "drop_path_factor": (batch,)}
-        yield long_matmul(key=(channels, hidden, bits, int(Kind.SCALED), architecture), shapes=scaled)
 
 
 def workloads(

@@ -31,6 +31,8 @@ from convnext_kernels.parity import DEFINITIONS, Case, poisoned_memory
 HIDDEN = 11
 BIASES = ("bias1", "bias2")
 BLOCK = (*BIASES, "layer_scale", "drop_path_factor", "residual")
+SIXTEEN_BITS = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
+"""Triton's interpreter multiplies bfloat16 as integers."""
 
 
 class TestMLP(Contract):
@@ -163,6 +165,35 @@ class TestMLP(Contract):
         }
         assert relative_error(results["output"][1:2], mlp(**kept, backend=backend)) < 1e-6
 
+    @pytest.mark.parametrize("images", [*SIXTEEN_BITS, torch.float32])
+    @pytest.mark.parametrize("grn", [False, True])
+    def test_triton_keeps_the_bits_of_factors_in_sums_over_tokens(self, grn, images):
+        """Of 16-bit gradients too: 1 / 0.9 in bfloat16 would make all of bias2's gradient wrong by 0.2%."""
+        arguments, grad, factor = self._with_factors(images, grn, device_of("triton"))
+        expected = (grad.double() * factor.double()[:, None, None, None]).sum((0, 2, 3))
+        got = evaluate(self.on("triton"), arguments, grad)["grad bias2"]
+        assert relative_error(got, expected) < 2**-15
+
+    @pytest.mark.parametrize("images", SIXTEEN_BITS)
+    def test_an_infinite_gradient_has_an_infinite_sum(self, images):
+        arguments, grad, factor = self._with_factors(images, False, device_of("triton"))
+        for image in range(len(factor)):
+            grad[image, image, 0, 0] = torch.inf
+        got = evaluate(self.on("triton"), arguments, grad)["grad bias2"]
+        infinite = torch.arange(len(got), device=got.device) < len(factor)
+        assert (got[infinite] == torch.inf).all() and got[~infinite].isfinite().all()
+
+    def _with_factors(self, dtype, grn, device):
+        """Images with parameters in float32; of what 16 bits do not hold of the factors, some is below, some above."""
+        arguments = arguments_of(self.full(batch=4), device=device) | {"layer_scale": None}
+        if not grn:
+            arguments |= {"grn_weight": None, "grn_bias": None}
+        factor = torch.tensor([1 / 0.9, 1 / 0.8, 1 / 0.75, 1.0], device=device)
+        for name in ("input", "residual"):
+            arguments[name] = arguments[name].detach().to(dtype).requires_grad_()
+        arguments["drop_path_factor"] = factor
+        return arguments, random_like(arguments["input"]).detach(), factor
+
     def test_without_a_residual_a_dropped_image_is_zero(self, backend):
         arguments = arguments_of(self.full(), device=device_of(backend)) | {"residual": None}
         arguments["drop_path_factor"] = torch.zeros_like(arguments["drop_path_factor"])
@@ -235,7 +266,7 @@ class TestOneKernel:
     """Forward where nothing is saved and channels are few."""
 
     @pytest.mark.parametrize("name", ONE_KERNEL)
-    @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
     def test_accuracy(self, name, dtype, launches):
         arguments = one_kernel_arguments(name, dtype)
         definition = DEFINITIONS["mlp"]
@@ -343,7 +374,7 @@ class TestOneKernelThatNormalizes:
     """`forward_normalizing`, which the whole block is made of."""
 
     @pytest.mark.parametrize("name", ONE_KERNEL)
-    @pytest.mark.parametrize("dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
     def test_accuracy(self, name, dtype, launches):
         arguments = normalizing_arguments(name, dtype)
         with poisoned_memory():

@@ -35,13 +35,11 @@ class Kind(IntEnum):
     PLAIN = 0
     PATCHES = 1
     """An operand is the patches of images."""
-    SCALED = 2
-    """An operand is scaled as it is read."""
-    DERIVATIVE = 3
+    DERIVATIVE = 2
     """The product is multiplied by an activation's derivative."""
-    RECOMPUTED = 4
+    RECOMPUTED = 3
     """And what that is taken at is a second product."""
-    ELEMENTS = 5
+    ELEMENTS = 4
     """It stores patches, or a size is no multiple of 16: Triton reads and writes element by element."""
 
 
@@ -57,8 +55,6 @@ WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
 BROAD = MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3)
 TALL = MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3)
 LONG_INNER = 1024
-# As broad where an operand is scaled, which passes through registers: less often, the larger the other one's tile.
-BROAD_SHALLOW = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
 
 # mma.sync, on all others: operands are loaded from shared memory, which takes 0.8 of the multiplication's clocks where
 # a warp has 64x64 of the tile and 1.0 with 8 warps. Of these two programs fit on a multiprocessor, of 255 registers and
@@ -67,7 +63,7 @@ WIDE_OF_4 = MatmulConfig(block_m=128, block_n=128, block_k=32, warps=4, stages=4
 NARROW_OF_4 = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=4, stages=3)
 
 # Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
-# spills with the derivative's epilogue (200 bytes), patches as output (5 KB), scaled operands (8) or 24 channels (152).
+# spills with the derivative's epilogue (200 bytes), patches as output (5 KB) or 24 channels (152).
 NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
 # Half as deep for two products in one, whose 74 KB on sm_90 leave room for a second program beside the first, to
 # multiply during its epilogue, and for few steps: 96 channels are three whole ones.
@@ -109,7 +105,7 @@ CANDIDATES = [
     SMALL,
     SMALL_SHALLOW,
 ]
-LARGE_CANDIDATES = [BROAD, BROAD_SHALLOW, TALL]
+LARGE_CANDIDATES = [BROAD, replace(BROAD, block_k=32, stages=4), TALL]
 TF32_CANDIDATES = [
     TF32_WIDE,
     TF32_OF_4,
@@ -243,14 +239,13 @@ def long_matmul_config(rows: int, columns: int, bits: int, kind: int, architectu
     if kind in (Kind.PATCHES, Kind.ELEMENTS):
         return _eight_warps(columns)
     if _loads_operands(architecture):
-        return NARROW_OF_4 if kind == Kind.SCALED or columns <= 64 else WIDE_OF_4
+        return NARROW_OF_4 if columns <= 64 else WIDE_OF_4
     if architecture // 10 != 9 or columns <= 64:
-        return NARROW if kind == Kind.SCALED else _eight_warps(columns)
-    if kind == Kind.SCALED:
-        return BROAD_SHALLOW if columns > 128 else NARROW
+        return _eight_warps(columns)
     if columns % BROAD.block_n == 0:
         return BROAD
-    return TALL if rows % TALL.block_m == 0 else WIDE
+    # With weights for the sums of rows it takes 140 registers where it is let.
+    return TALL if rows % TALL.block_m == 0 else replace(WIDE, registers=TWO_PROGRAMS)
 
 
 def long_matmul_candidates(rows: int, columns: int, bits: int, kind: int, architecture: int) -> list[MatmulConfig]:

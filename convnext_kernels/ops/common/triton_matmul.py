@@ -1,4 +1,4 @@
-"""A matrix product in Triton with the prologues and epilogues that ConvNeXt needs, and its launch."""
+"""A matrix product in Triton with the operands and epilogues that ConvNeXt needs, and its launch."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Epilogue(NamedTuple):
 
     bias [columns] is added; scale [1] in float32 multiplies; `pre_activation` receives that, before `activation`;
     or, with `derivative`, the product is multiplied by the activation's derivative at `pre_activation`, whose
-    activation goes to `hidden`. There the pre-activation may also be `recomputed`: a second product of the same shape,
-    whose first operand has the first one's strides, plus the bias. Then column_scale [columns] and the factor of
-    `drop_path` multiply, and `residual` is added.
+    activation, times the factor of `drop_path`, goes to `hidden`. There the pre-activation may also be `recomputed`: a
+    second product of the same shape, whose first operand has the first one's strides, plus the bias. Then column_scale
+    [columns] and the factor multiply, and `residual` is added.
 
     With a drop_path rows are taken in its order: those of dropped images come last, are neither read nor multiplied,
     and 0 but for the residual. With `scale_tokens` false its factor does not multiply; with `write_dropped` false those
@@ -106,6 +106,23 @@ def _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE: tl.constexpr
         else:
             accumulator += bias
     return accumulator, second
+
+
+@triton.jit
+def _two_parts(factor, dtype: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns whose sum is the factor to 2^-17: in the first what 16 bits hold of it, in the others the rest."""
+    high = factor.to(dtype)
+    rest = (factor - high.to(tl.float32)).to(dtype)
+    return tl.where(tl.arange(0, COLUMNS)[None, :] == 0, high[:, None], rest[:, None])
+
+
+@triton.jit
+def _add_two_parts(products, COLUMNS: tl.constexpr):
+    """Sums of products with `_two_parts`; of an infinity the rest may be NaN or its opposite."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    high = tl.sum(tl.where(column == 0, products, 0.0), axis=1)
+    rest = tl.sum(tl.where(column == 1, products, 0.0), axis=1)
+    return tl.where(tl.abs(rest) < float("inf"), high + rest, high)
 
 
 @triton.jit(do_not_specialize=["rows", "patch_rows", "patch_columns", "height", "width"])
@@ -194,26 +211,26 @@ def matmul_kernel(
     if not FLOAT32:
         accumulator, second = _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE)
     # Sums of 16-bit rows are a product too: added up by shuffles they take more instructions than all the rest.
-    row_sums = tl.zeros((BLOCK_M, 1 if FLOAT32 else 16), dtype=tl.float32)
-    ones = tl.full((BLOCK_K, 16), 1.0, dtype=a_ptr.dtype.element_ty)
+    SUMS: tl.constexpr = 1 if FLOAT32 else 16
+    WEIGHTED: tl.constexpr = ORDERED == "inner" and factor_ptr is not None
+    row_sums = tl.zeros((BLOCK_M, SUMS), dtype=tl.float32)
+    ones = tl.full((BLOCK_K, SUMS), 1.0, dtype=a_ptr.dtype.element_ty)
     for offset in range(start, end, BLOCK_K):
         k = offset + tl.arange(0, BLOCK_K)
         k_mask = k < end
         if ORDERED == "inner":
-            if factor_ptr is not None:
+            if WEIGHTED:
                 factor = tl.load(factor_ptr + k, mask=k_mask, other=0.0)
             k = tl.load(order_ptr + k, mask=k_mask, other=0)
         a_offsets = a_rows[:, None] + _column_offsets(k, stride_ak, A_PATCH, width, channels)[None, :]
         b_rows = _row_offsets(k, stride_bk, B_PATCH, patch_rows, patch_columns, height, width, channels)
         a = tl.load(a_ptr + a_offsets, mask=a_mask[:, None] & k_mask[None, :], other=0.0)
         b = tl.load(b_ptr + b_rows[:, None] + b_columns[None, :], mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-        if ORDERED == "inner" and factor_ptr is not None:
-            a = (a.to(tl.float32) * factor[None, :]).to(a_ptr.dtype.element_ty)
         if row_sums_ptr is not None:
             if FLOAT32:
-                row_sums += tl.sum(a, axis=1)[:, None]
+                row_sums += tl.sum(a * factor[None, :] if WEIGHTED else a, axis=1)[:, None]
             else:
-                row_sums = tl.dot(a, ones, row_sums)
+                row_sums = tl.dot(a, _two_parts(factor, ones.dtype, SUMS) if WEIGHTED else ones, row_sums)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
         if second_a_ptr is not None:
             b_offsets = k.to(tl.int64)[:, None] * stride_second_bk + n.to(tl.int64)[None, :] * stride_second_bn
@@ -241,6 +258,8 @@ def matmul_kernel(
             pre_activation = second.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # as it would have been saved
         accumulator *= gelu_derivative(pre_activation, ACTIVATION)
         hidden = gelu(pre_activation, ACTIVATION)
+        if ORDERED == "rows" and factor_ptr is not None:
+            hidden *= factor[:, None]
         tl.store(hidden_ptr + tile + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=out_mask)
     elif ACTIVATION is not None:
         if pre_activation_ptr is not None:
@@ -262,8 +281,9 @@ def matmul_kernel(
     tl.store(out_ptr + tile + dense, accumulator.to(out_ptr.dtype.element_ty), mask=out_mask)
     if row_sums_ptr is not None:  # noqa: SIM102 - this test is the compiler's, the next one the GPU's
         if tile_n == 0:
-            # All columns are the same.
-            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, tl.max(row_sums, axis=1), mask=m_mask)
+            # Without weights all columns are the same.
+            sums = _add_two_parts(row_sums, SUMS) if WEIGHTED and not FLOAT32 else tl.max(row_sums, axis=1)
+            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, sums, mask=m_mask)
 
 
 GROUP_M = 8
@@ -360,7 +380,7 @@ def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilo
 
 
 def long_matmul(
-    a: Matrix, b: Matrix, shape: tuple[int, int, int], drop_path: DropPath | None = None, scale_tokens: bool = True
+    a: Matrix, b: Matrix, shape: tuple[int, int, int], drop_path: DropPath | None = None, weigh_sums: bool = False
 ) -> tuple[Tensor, Tensor]:
     """a b and the sums of a's rows in float32, for an inner dimension of tokens.
 
@@ -368,16 +388,17 @@ def long_matmul(
 
     Args:
         shape: (rows, columns, inner).
-        drop_path: its kept images alone are summed over. With `scale_tokens` its factor multiplies.
+        drop_path: its kept images alone are summed over.
+        weigh_sums: its factor multiplies a in the sums, not in the product.
     """
     rows, columns, inner = shape
     bits, device = operand_bits(a.tensor.dtype), a.tensor.device
-    kind = Kind.SCALED if drop_path is not None and scale_tokens else Kind.PATCHES if b.patch else Kind.PLAIN
-    config = LONG_MATMUL(a.tensor, rows, columns, bits, aligned(kind, rows, columns), architecture(device))
+    kind = aligned(Kind.PATCHES if b.patch else Kind.PLAIN, rows, columns)
+    config = LONG_MATMUL(a.tensor, rows, columns, bits, kind, architecture(device))
     splits = split_count(rows, columns, inner, config)
     product = torch.empty((splits, rows, columns), dtype=torch.float32, device=a.tensor.device)
     row_sums = torch.empty((splits, rows), dtype=torch.float32, device=a.tensor.device)
     out = Matrix(product, columns, 1)
-    epilogue = Epilogue(drop_path=drop_path, scale_tokens=scale_tokens)
+    epilogue = Epilogue(drop_path=drop_path, scale_tokens=weigh_sums)
     _launch(a, b, out, shape, config, epilogue, splits, row_sums)
     return product.sum(0), row_sums.sum(0)

@@ -342,7 +342,9 @@ def backward(
     activation: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """As the reference's `backward`, with the stochastic-depth factor in an epilogue and a prologue, not in a pass.
+    """As the reference's `backward`, with the stochastic-depth factor in epilogues, not in a pass of its own.
+
+    The gradient of weight2 is a product of the gradient and the hidden activations times that factor.
 
     What is left out for dropped images are their rows of every product, but for the passes of grn.
     A pre-activation that was not saved is a second product in the kernel that needs it; with grn, a product before, and
@@ -371,11 +373,11 @@ def backward(
 
     if grn_weight is not None and grn_bias is not None and pre_activation is not None:
         hidden, gradients[6], gradients[7] = response_norm.activated_backward(
-            grad_pre, pre_activation.view(grad_pre.shape), grn_weight, grn_bias, grn_eps, activation
+            grad_pre, pre_activation.view(grad_pre.shape), grn_weight, grn_bias, grn_eps, activation, drop_path_factor
         )
     if any(wanted[3:6]):
         a, b = matrix(grads).transposed, matrix(hidden.flatten(0, 1))
-        products, sums = long_matmul(a, b, (width, hidden_width, count), drop)
+        products, sums = long_matmul(a, b, (width, hidden_width, count), drop, weigh_sums=True)
         gradients[3:6] = parameter_gradients(products, sums, weight2, bias2, layer_scale)
     grad_pre = grad_pre.flatten(0, 1)
     if wanted[0]:
@@ -385,5 +387,5 @@ def backward(
         gradients[0] = from_channels_last(grad_input)
     if wanted[1] or wanted[2]:
         shape = (hidden_width, width, count)
-        gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), shape, drop, scale_tokens=False)
+        gradients[1:3] = long_matmul(matrix(grad_pre).transposed, matrix(tokens), shape, drop)
     return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))

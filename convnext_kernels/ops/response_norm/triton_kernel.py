@@ -149,6 +149,7 @@ def activated_backward_kernel(
     pre_activation_ptr,
     coefficient_ptr,
     bias_ptr,
+    factor_ptr,
     out_ptr,
     tokens,
     channels,
@@ -156,7 +157,10 @@ def activated_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Of p with h = activation(p): out = h * scale + bias; grad becomes (grad * scale + h * coefficient) * h'(p)."""
+    """Of p with h = activation(p): grad becomes (grad * scale + h * coefficient) * h'(p).
+
+    out = (h * scale + bias) * factor[image], which may be None.
+    """
     tiles = tl.cdiv(tokens, BLOCK_T)
     image, t = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -169,7 +173,10 @@ def activated_backward_kernel(
     bias = tl.load(bias_ptr + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
     pre_activation = tl.load(pre_activation_ptr + offsets, mask=mask, other=0.0)
     hidden = _activated(pre_activation, ACTIVATION)
-    tl.store(out_ptr + offsets, (hidden * scale + bias).to(out_ptr.dtype.element_ty), mask=mask)
+    out = hidden * scale + bias
+    if factor_ptr is not None:
+        out *= tl.load(factor_ptr + image).to(tl.float32)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32) * scale + hidden * coefficient
     grad *= gelu_derivative(pre_activation.to(tl.float32), ACTIVATION)
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=mask)
@@ -281,11 +288,18 @@ def backward(
 
 
 def activated_backward(
-    grads: Tensor, pre_activation: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str
+    grads: Tensor,
+    pre_activation: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    activation: str,
+    output_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of grn(h), h = activation(pre_activation), both [N, L, C]: output and gradients of weight and bias in float32.
 
-    grads becomes, in place, the gradient of the pre-activation. h is never written.
+    grads becomes, in place, the gradient of the pre-activation. h is never written. output_factor [N] multiplies the
+    output alone.
     """
     batch, tokens, channels = _sizes(grads)
     dots, sums, squares = _partial_sums(grads, pre_activation, 3, activation)
@@ -299,6 +313,7 @@ def activated_backward(
         pre_activation,
         coefficients,
         bias,
+        output_factor,
         output,
         tokens,
         channels,
