@@ -43,13 +43,13 @@ def kernelized(repository, monkeypatch):
     """
 
     def run(model, classes, mode=Mode.INFERENCE, condition=None):
-        mapping = {}
-        for cls, layer in [*classes.items(), (GELUActivation, "GeLU")]:
+        known = [(cls, layer, condition) for cls, layer in classes.items()]
+        for cls, layer, needed in [*known, (GELUActivation, "GeLU", None)]:
             monkeypatch.setattr(cls, "kernel_layer_name", None, raising=False)
             monkeypatch.setattr(cls, "kernel_condition", None, raising=False)
-            kernels.replace_kernel_forward_from_hub(cls, layer, condition if cls in classes else None)
-            if cls in classes:
-                mapping[layer] = {"cpu": kernels.LocalLayerRepository(repository, layer_name=layer)}
+            kernels.replace_kernel_forward_from_hub(cls, layer, needed)
+        local = {layer: kernels.LocalLayerRepository(repository, layer_name=layer) for layer in classes.values()}
+        mapping = {layer: {"cpu": found} for layer, found in local.items()}
         with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
             return kernels.kernelize(model, mode=mode, use_fallback=kernels.KernelizeFallback.NO_LAYER)
 
