@@ -16,6 +16,7 @@ from torch import Tensor
 from convnext_kernels.ops.common.matmul_configs import (
     LONG_MATMUL,
     MATMUL,
+    MINIMUM_TOKENS,
     Kind,
     aligned,
     few_programs,
@@ -42,8 +43,8 @@ FLOPS_OF_CUDA_CORES = 12
 """How much more an operation without matrix units takes."""
 
 EPS = 1e-6
-STATISTIC = "rstd"
-"""A tensor in float32 whatever the dtype of the others, and positive."""
+STATISTICS = ("rstd", "scale")
+"""Tensors in float32 whatever the dtype of the others, and positive."""
 
 
 @contextmanager
@@ -93,7 +94,7 @@ class Workload:
         for name, shape in self.shapes.items():
             values = torch.randn(shape, generator=generator, device=device, dtype=self._dtype(name))
             layout = self._layout(name, shape)
-            tensors[name] = (values.abs() if name == STATISTIC else values).contiguous(memory_format=layout)
+            tensors[name] = (values.abs() if name in STATISTICS else values).contiguous(memory_format=layout)
         return tensors
 
     def empty(self) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ class Workload:
         }
 
     def _dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name == STATISTIC else PRECISIONS[self.precision][0]
+        return torch.float32 if name in STATISTICS else PRECISIONS[self.precision][0]
 
     @staticmethod
     def _layout(name: str, shape: tuple[int, ...]) -> torch.memory_format:
@@ -122,8 +123,8 @@ def _kernels(operator: str) -> Any:
     return import_module(f"convnext_kernels.ops.{operator}.triton_kernel")
 
 
-def _matmul() -> Any:
-    return import_module("convnext_kernels.ops.common.triton_matmul")
+def _common(name: str) -> Any:
+    return import_module(f"convnext_kernels.ops.common.triton_{name}")
 
 
 def _convolution(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def _one_kernel_mlp(
 
 def _product(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """A layer: the first one, with its activation, or the second, with a residual."""
-    matmul, (columns, inner) = _matmul(), weight.shape
+    matmul, (columns, inner) = _common("matmul"), weight.shape
     out = tokens.new_empty((tokens.shape[0], columns))
     epilogue = matmul.Epilogue(bias=bias, activation="gelu" if residual is None else None, residual=residual)
     operands = matmul.matrix(tokens), matmul.matrix(weight).transposed, matmul.matrix(out)
@@ -172,9 +173,19 @@ def _product(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | No
     return out
 
 
+def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, scale_bias: Tensor, residual: Tensor) -> Tensor:
+    """The second layer, of images that global response normalisation scales."""
+    matmul, (columns, inner) = _common("matmul"), weight.shape
+    out = torch.empty_like(residual)
+    operands = matmul.matrix(tokens), matmul.matrix(weight).transposed, matmul.matrix(out)
+    image_scale = _common("images").ImageScale(scale, scale_bias)
+    matmul.matmul(*operands, (len(tokens), columns, inner), matmul.Epilogue(residual=residual), image_scale)
+    return out
+
+
 def _derivative(grad: Tensor, weight2: Tensor, tokens: Tensor, weight1: Tensor, bias1: Tensor) -> Sequence[Tensor]:
     """Gradient of the pre-activation, which is computed again."""
-    matmul, (channels, hidden_width) = _matmul(), weight2.shape
+    matmul, (channels, hidden_width) = _common("matmul"), weight2.shape
     out, hidden = (grad.new_empty((grad.shape[0], hidden_width)) for _ in range(2))
     recomputed = matmul.matrix(tokens), matmul.matrix(weight1).transposed
     epilogue = matmul.Epilogue(activation="gelu", derivative=True, hidden=hidden, recomputed=recomputed, bias=bias1)
@@ -185,7 +196,7 @@ def _derivative(grad: Tensor, weight2: Tensor, tokens: Tensor, weight1: Tensor, 
 
 def _saved_derivative(grad: Tensor, weight2: Tensor, pre_activation: Tensor) -> Sequence[Tensor]:
     """Gradient of a pre-activation that was saved."""
-    matmul, (channels, hidden_width) = _matmul(), weight2.shape
+    matmul, (channels, hidden_width) = _common("matmul"), weight2.shape
     out, hidden = (grad.new_empty((grad.shape[0], hidden_width)) for _ in range(2))
     epilogue = matmul.Epilogue(activation="gelu", derivative=True, hidden=hidden, pre_activation=pre_activation)
     operands = matmul.matrix(grad), matmul.matrix(weight2), matmul.matrix(out)
@@ -195,7 +206,7 @@ def _saved_derivative(grad: Tensor, weight2: Tensor, pre_activation: Tensor) -> 
 
 def _over_tokens(a: Tensor, b: Tensor) -> Sequence[Tensor]:
     """Gradient of a weight, and its layer's bias."""
-    matmul, (count, rows) = _matmul(), a.shape
+    matmul, (count, rows) = _common("matmul"), a.shape
     return matmul.long_matmul(matmul.matrix(a).transposed, matmul.matrix(b), (rows, b.shape[1], count))
 
 
@@ -228,6 +239,16 @@ def _response_norms(image: tuple[int, int, int, int], precision: str) -> Iterato
         yield Workload(tunable, (hidden,), precision, shapes, _response_norm)
     shapes = {"grad": tokens, **shapes}
     yield Workload(response_norm.ACTIVATED_BACKWARD, (hidden,), precision, shapes, _response_norm_backward)
+
+
+def _scaled_layer(image: tuple[int, int, int, int], precision: str, architecture: int) -> Workload:
+    batch, channels, height, width = image
+    count, hidden, bits = batch * height * width, 4 * channels, _bits(precision)
+    few, kind = few_programs(count, channels), aligned(Kind.SCALED, channels, hidden)
+    key = channels, hidden, bits, int(kind), int(few), architecture
+    image_scale: dict[str, tuple[int, ...]] = {"scale": (batch, hidden), "scale_bias": (hidden,)}
+    shapes = {"tokens": (count, hidden), "weight": (channels, hidden), **image_scale, "residual": (count, channels)}
+    return Workload(MATMUL, key, precision, shapes, _scaled_product, flops=2 * count * channels * hidden)
 
 
 def _bits(precision: str) -> int:
@@ -294,4 +315,8 @@ def workloads(
         size: of the filters.
     """
     found = [*_filters(image, size, precision), *_norms(image, precision), *_products(image, precision, architecture)]
-    return [*found, *(_response_norms(image, precision) if grn else ())]
+    if grn:
+        found += _response_norms(image, precision)
+    if grn and image[2] * image[3] >= MINIMUM_TOKENS:
+        found.append(_scaled_layer(image, precision, architecture))
+    return found

@@ -1,5 +1,7 @@
 """Which tiles products are computed in: for how many programs, and what they give."""
 
+from itertools import product
+
 import pytest
 import torch
 from support import assert_parity, device_of
@@ -8,7 +10,9 @@ from convnext_kernels import parity
 from convnext_kernels.cli.workloads import multiplying
 from convnext_kernels.ops.common import matmul_configs
 from convnext_kernels.ops.common.matmul_configs import (
+    MINIMUM_TOKENS,
     Kind,
+    aligned,
     few_programs,
     long_matmul_config,
     matmul_config,
@@ -60,13 +64,23 @@ def test_every_product_of_every_model_has_a_tile_of_its_precision(architecture, 
         for rows, columns in ((4 * width, width), (width, 4 * width)):
             for kind in Kind:
                 tiles = [matmul_config(columns, rows, bits, kind, few, architecture) for few in (0, 1)]
-                if kind not in (Kind.DERIVATIVE, Kind.RECOMPUTED):
+                if kind in (Kind.PLAIN, Kind.PATCHES, Kind.ELEMENTS):
                     tiles.append(long_matmul_config(rows, columns, bits, kind, architecture))
                 for tile in tiles:
                     assert min(tile.block_m, tile.block_n, tile.block_k) >= 16
                     operands = (tile.block_m + tile.block_n) * (2 if kind == Kind.RECOMPUTED else 1)
                     step = operands * tile.block_k * (2 if bits == 16 else 4)
                     assert step * (tile.stages - 1) <= 99 << 10
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", [Kind.SCALED, aligned(Kind.SCALED, 40)])
+def test_where_images_are_scaled_a_tile_has_two_at_most(kind, bits, architecture):
+    """Whatever a table says."""
+    for columns, few in product((16, 40, 96, 384, 2816), (0, 1)):
+        tiles = matmul_configs.MATMUL.candidates((columns, 4 * columns, bits, int(kind), few, architecture))
+        assert len(tiles) > 3 and max(tile.block_m for tile in tiles) <= MINIMUM_TOKENS
 
 
 def test_partial_sums_do_not_grow_with_the_tile():
@@ -115,4 +129,14 @@ def test_the_largest_tiles_give_the_same(tiles):
     layers = {"weight1": (1024, 256), "bias1": (1024,), "weight2": (256, 1024), "drop_path_factor": (2,)}
     case = parity.Case("mlp", "2x256x5x3", {**images, **layers, **vectors})
     assert matmul_config(256, 1024, 16, Kind.PLAIN, 0, 90) == matmul_configs.TALL
+    assert_parity(case, torch.float16, device_of("triton"), "triton")
+
+
+@pytest.mark.parametrize(("channels", "tile"), [(96, "WIDE_SHALLOW"), (192, "BROAD_SHALLOW")])
+def test_the_largest_tiles_that_scale_give_the_same(tiles, channels, tile):
+    tiles(90, few=False)
+    shapes = {"input": (3, channels, 13, 11), "weight1": (4 * channels, channels), "weight2": (channels, 4 * channels)}
+    shapes |= {"bias1": (4 * channels,), "grn_weight": (4 * channels,), "grn_bias": (4 * channels,)}
+    case = parity.Case("mlp", "GRN", {**shapes, "drop_path_factor": (3,)})
+    assert matmul_config(channels, 4 * channels, 16, Kind.SCALED, 0, 90) == getattr(matmul_configs, tile)
     assert_parity(case, torch.float16, device_of("triton"), "triton")

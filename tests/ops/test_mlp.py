@@ -68,6 +68,24 @@ class TestMLP(Contract):
         recomputed = evaluate(self.on(backend, recompute_hidden=True), arguments)
         assert_same(recomputed, evaluate(self.on(backend), arguments))
 
+    @pytest.mark.parametrize("images", [*SIXTEEN_BITS, torch.float32])
+    @pytest.mark.parametrize("dropping", [False, True])
+    def test_tiles_with_parts_of_two_images_that_grn_scales(self, dropping, images):
+        """Of 143 tokens each, the last with the batch's end in it; every third is dropped."""
+        case = self.full(batch=5, height=13, width=11)
+        if not dropping:
+            case = Case("mlp", case.name, {n: s for n, s in case.shapes.items() if n != "drop_path_factor"})
+        assert_parity(case, images, device_of("triton"), "triton")
+
+    @pytest.mark.parametrize(("tokens", "passes"), [(127, 1), (128, 0)])
+    def test_grn_of_large_images_is_no_pass_of_its_own(self, tokens, passes, monkeypatch):
+        arguments = without_gradients(arguments_of(self.full(height=1, width=tokens), device=device_of("triton")))
+        expected = mlp(**arguments, backend="reference")
+        kernel = import_module("convnext_kernels.ops.response_norm.triton_kernel")
+        apply = Mock(side_effect=kernel._apply)
+        monkeypatch.setattr(kernel, "_apply", apply)
+        assert relative_error(mlp(**arguments, backend="triton"), expected) < 1e-6 and apply.call_count == passes
+
     def test_images_of_more_tokens_than_a_split_of_grn(self):
         assert_parity(self.full(height=17, width=16), torch.float32, device_of("triton"), "triton")
 

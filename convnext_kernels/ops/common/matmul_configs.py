@@ -35,11 +35,13 @@ class Kind(IntEnum):
     PLAIN = 0
     PATCHES = 1
     """An operand is the patches of images."""
-    DERIVATIVE = 2
+    SCALED = 2
+    """An operand is scaled as it is read, for each image."""
+    DERIVATIVE = 3
     """The product is multiplied by an activation's derivative."""
-    RECOMPUTED = 3
+    RECOMPUTED = 4
     """And what that is taken at is a second product."""
-    ELEMENTS = 4
+    ELEMENTS = 5
     """It stores patches, or a size is no multiple of 16: Triton reads and writes element by element."""
 
 
@@ -55,6 +57,10 @@ WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
 BROAD = MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3)
 TALL = MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3)
 LONG_INNER = 1024
+# Where an operand is scaled, which passes through registers: less often, the broader the tile. Half as deep, so that
+# 128x256 takes 252 registers and of 128x128 two programs fit.
+BROAD_SHALLOW = MatmulConfig(block_m=128, block_n=256, block_k=32, warps=8, stages=4)
+WIDE_SHALLOW = MatmulConfig(block_m=128, block_n=128, block_k=32, warps=8, stages=4, registers=TWO_PROGRAMS)
 
 # mma.sync, on all others: operands are loaded from shared memory, which takes 0.8 of the multiplication's clocks where
 # a warp has 64x64 of the tile and 1.0 with 8 warps. Of these two programs fit on a multiprocessor, of 255 registers and
@@ -102,10 +108,11 @@ CANDIDATES = [
     replace(SHALLOW, registers=TWO_PROGRAMS),
     replace(SHALLOW, stages=4),
     MatmulConfig(block_m=64, block_n=128, block_k=64, warps=4, stages=3),
+    WIDE_SHALLOW,
     SMALL,
     SMALL_SHALLOW,
 ]
-LARGE_CANDIDATES = [BROAD, replace(BROAD, block_k=32, stages=4), TALL]
+BROAD_CANDIDATES = [BROAD, BROAD_SHALLOW]
 TF32_CANDIDATES = [
     TF32_WIDE,
     TF32_OF_4,
@@ -132,6 +139,10 @@ MINIMUM_SPLIT = 512
 
 
 TF32_BITS = 19
+
+
+MINIMUM_TOKENS = 128
+"""Of an image that a product scales: no tile has more rows there, so that it has parts of two images at most."""
 
 
 def operand_bits(dtype: torch.dtype) -> int:
@@ -192,6 +203,13 @@ def _plain_config(columns: int, inner: int, architecture: int) -> MatmulConfig:
     return TALL if large else _eight_warps(columns)
 
 
+def _scaled_config(columns: int, architecture: int) -> MatmulConfig:
+    """Tiles of at most 128 rows, two images' at most."""
+    if architecture // 10 != 9 or columns <= 64:
+        return _plain_config(columns, 0, architecture)
+    return BROAD_SHALLOW if columns > 128 else WIDE_SHALLOW
+
+
 def matmul_config(columns: int, inner: int, bits: int, kind: int, few: int, architecture: int) -> MatmulConfig:
     """The configuration for an output of so many columns.
 
@@ -209,11 +227,15 @@ def matmul_config(columns: int, inner: int, bits: int, kind: int, few: int, arch
         return FLOAT32_SMALL if kind in (Kind.RECOMPUTED, Kind.ELEMENTS) else FLOAT32
     if kind == Kind.PLAIN:
         return _plain_config(columns, inner, architecture)
+    if kind == Kind.SCALED:
+        return _scaled_config(columns, architecture)
     if kind == Kind.PATCHES:
         return _eight_warps(columns)
     tile = SHALLOW if kind == Kind.RECOMPUTED or inner <= SHALLOW_INNER else NARROW
-    # Derivatives take up to 186 registers where they are let, and up to 143 on sm_90.
-    return tile if kind == Kind.ELEMENTS else replace(tile, registers=TWO_PROGRAMS)
+    # Derivatives take up to 186 registers where they are let, and up to 143 on sm_90. On sm_120 two products in one
+    # spill in the loop, 200 bytes, where they are not.
+    unlimited = kind == Kind.ELEMENTS or (kind == Kind.RECOMPUTED and architecture // 10 == 12)
+    return tile if unlimited else replace(tile, registers=TWO_PROGRAMS)
 
 
 def matmul_candidates(
@@ -222,8 +244,8 @@ def matmul_candidates(
     """Other shapes of the tile, depths, numbers of warps, stages and registers."""
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
-    if kind == Kind.PLAIN and columns > 64 and not few:
-        return [*CANDIDATES, *LARGE_CANDIDATES]
+    if kind in (Kind.PLAIN, Kind.SCALED) and columns > 64 and not few:
+        return [*CANDIDATES, *BROAD_CANDIDATES, *([TALL] if kind == Kind.PLAIN else ())]
     if kind != Kind.RECOMPUTED and inner > SHALLOW_INNER:
         return CANDIDATES
     # Where they may be two products in one, larger tiles want more shared memory than there is, 241 KB on sm_90.
@@ -252,7 +274,7 @@ def long_matmul_candidates(rows: int, columns: int, bits: int, kind: int, archit
     """As `matmul_candidates`."""
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
-    return [*CANDIDATES, *(LARGE_CANDIDATES if max(rows, columns) > 128 else ())]
+    return [*CANDIDATES, *([*BROAD_CANDIDATES, TALL] if max(rows, columns) > 128 else ())]
 
 
 MATMUL = Tunable("common.matmul", matmul_config, matmul_candidates)

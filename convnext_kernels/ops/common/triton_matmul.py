@@ -21,6 +21,7 @@ from convnext_kernels.ops.common.matmul_configs import (
     split_count,
 )
 from convnext_kernels.ops.common.triton_drop_path import DropPath
+from convnext_kernels.ops.common.triton_images import ImageScale, images_of_tile, scale_images
 from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
 
 
@@ -125,7 +126,7 @@ def _add_two_parts(products, COLUMNS: tl.constexpr):
     return tl.where(tl.abs(rest) < float("inf"), high + rest, high)
 
 
-@triton.jit(do_not_specialize=["rows", "patch_rows", "patch_columns", "height", "width"])
+@triton.jit(do_not_specialize=["rows", "patch_rows", "patch_columns", "height", "width", "image_tokens"])
 def matmul_kernel(
     a_ptr,
     b_ptr,
@@ -142,6 +143,8 @@ def matmul_kernel(
     kept_ptr,
     residual_ptr,
     row_sums_ptr,
+    image_scale_ptr,
+    image_bias_ptr,
     rows,
     columns,
     inner,
@@ -157,6 +160,7 @@ def matmul_kernel(
     height,
     width,
     channels,
+    image_tokens,
     A_PATCH: tl.constexpr,
     B_PATCH: tl.constexpr,
     OUT_PATCH: tl.constexpr,
@@ -200,6 +204,8 @@ def matmul_kernel(
         inner_per_split = tl.cdiv(tl.cdiv(kept, tl.num_programs(1)), BLOCK_K) * BLOCK_K
         start = split * inner_per_split
         end = min(start + inner_per_split, kept)
+    if image_scale_ptr is not None:
+        image1, image2, in_image1 = images_of_tile(tile_m * BLOCK_M, rows, order_ptr, image_tokens, BLOCK_M)
     a_rows = _row_offsets(m, stride_am, A_PATCH, patch_rows, patch_columns, height, width, channels)
     b_columns = _column_offsets(n, stride_bn, B_PATCH, width, channels)
 
@@ -226,6 +232,8 @@ def matmul_kernel(
         b_rows = _row_offsets(k, stride_bk, B_PATCH, patch_rows, patch_columns, height, width, channels)
         a = tl.load(a_ptr + a_offsets, mask=a_mask[:, None] & k_mask[None, :], other=0.0)
         b = tl.load(b_ptr + b_rows[:, None] + b_columns[None, :], mask=k_mask[:, None] & n_mask[None, :], other=0.0)
+        if image_scale_ptr is not None:
+            a = scale_images(a, image_scale_ptr, image_bias_ptr, image1, image2, in_image1, k, k_mask, inner)
         if row_sums_ptr is not None:
             if FLOAT32:
                 row_sums += tl.sum(a * factor[None, :] if WEIGHTED else a, axis=1)[:, None]
@@ -298,12 +306,13 @@ def _launch(
     epilogue: Epilogue,
     splits: int = 1,
     row_sums: Tensor | None = None,
+    image_scale: ImageScale | None = None,
 ) -> None:
     rows, columns, inner = shape
     patch = a.patch or b.patch or out.patch
     second_a, second_b = epilogue.recomputed or (None, None)
-    images = next((operand.tensor for operand in (a, b, out) if operand.patch), None)
-    _, height, width, channels = (1, 1, 1, 1) if images is None else images.shape
+    patched = next((operand.tensor for operand in (a, b, out) if operand.patch), None)
+    _, height, width, channels = (1, 1, 1, 1) if patched is None else patched.shape
     drop_path, ordered = epilogue.drop_path, None
     if drop_path is not None:
         ordered = "rows" if row_sums is None else "inner"
@@ -327,6 +336,8 @@ def _launch(
         drop_path and drop_path.kept,
         epilogue.residual,
         row_sums,
+        image_scale and image_scale.scale,
+        image_scale and image_scale.bias,
         rows,
         columns,
         inner,
@@ -339,6 +350,7 @@ def _launch(
         height,
         width,
         channels,
+        rows // image_scale.scale.shape[0] if image_scale else 1,
         A_PATCH=a.patch,
         B_PATCH=b.patch,
         OUT_PATCH=out.patch,
@@ -362,21 +374,33 @@ def _launch(
 PLAIN = Epilogue()
 
 
-def _kind(a: Matrix, out: Matrix, epilogue: Epilogue) -> Kind:
+def _kind(a: Matrix, out: Matrix, epilogue: Epilogue, image_scale: ImageScale | None) -> Kind:
     if out.patch:
         return Kind.ELEMENTS
     if epilogue.derivative:
         return Kind.DERIVATIVE if epilogue.recomputed is None else Kind.RECOMPUTED
+    if image_scale is not None:
+        return Kind.SCALED
     return Kind.PATCHES if a.patch else Kind.PLAIN
 
 
-def matmul(a: Matrix, b: Matrix, out: Matrix, shape: tuple[int, int, int], epilogue: Epilogue = PLAIN) -> None:
-    """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written."""
+def matmul(
+    a: Matrix,
+    b: Matrix,
+    out: Matrix,
+    shape: tuple[int, int, int],
+    epilogue: Epilogue = PLAIN,
+    image_scale: ImageScale | None = None,
+) -> None:
+    """out = epilogue(a b) for shape = (rows, columns, inner); every element of out is written.
+
+    With an image_scale a is scaled by it as it is read; images have `MINIMUM_TOKENS` or more.
+    """
     rows, columns, inner = shape
     bits, few, device = operand_bits(a.tensor.dtype), few_programs(rows, columns), a.tensor.device
-    kind = aligned(_kind(a, out, epilogue), columns, inner)
+    kind = aligned(_kind(a, out, epilogue, image_scale), columns, inner)
     config = MATMUL(a.tensor, columns, inner, bits, kind, int(few), architecture(device))
-    _launch(a, b, out, shape, config, epilogue)
+    _launch(a, b, out, shape, config, epilogue, image_scale=image_scale)
 
 
 def long_matmul(

@@ -1,7 +1,8 @@
 """The pointwise MLP in Triton.
 
 Forward is one kernel that never writes the hidden activations, where there are few channels and nothing is saved, else
-two products; backward is four. All else is in their epilogues.
+two products; backward is four. All else is in their epilogues, but for the sums over images of a response norm, whose
+scales the second product applies to what it reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from convnext_kernels.ops.common.layouts import (
     to_channels_last,
     tokens_per_image,
 )
+from convnext_kernels.ops.common.matmul_configs import MINIMUM_TOKENS
 from convnext_kernels.ops.common.triton_drop_path import drop_path
+from convnext_kernels.ops.common.triton_images import ImageScale
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
 from convnext_kernels.ops.layer_norm.triton_kernel import affine
@@ -291,8 +294,8 @@ def forward(
         return _fused_forward(input, *parameters, drop_path_factor, residual, activation)[0], nothing(input)
     rows, dtype = to_channels_last(input), input.dtype
     tokens, width, hidden_width = rows.flatten(0, -2), rows.shape[-1], weight1.shape[0]
-    count = tokens.shape[0]
-    hidden, drop = rows.new_empty((*rows.shape[:-1], hidden_width)), drop_path(drop_path_factor, tokens_per_image(rows))
+    count, per_image = tokens.shape[0], tokens_per_image(rows)
+    hidden, drop = rows.new_empty((*rows.shape[:-1], hidden_width)), drop_path(drop_path_factor, per_image)
     pre_activation = torch.empty_like(hidden) if save else None
     matmul(
         matrix(tokens),
@@ -308,8 +311,13 @@ def forward(
             write_dropped=grn_weight is not None,
         ),
     )
+    image_scale = None
     if grn_weight is not None and grn_bias is not None:
-        hidden, _ = response_norm.forward(hidden.flatten(1, -2), grn_weight, grn_bias, grn_eps)
+        images = hidden.flatten(1, -2)
+        if per_image >= MINIMUM_TOKENS:
+            image_scale = ImageScale(response_norm.scales(images, grn_weight, grn_eps)[0], grn_bias)
+        else:
+            hidden, _ = response_norm.forward(images, grn_weight, grn_bias, grn_eps)
     output = rows.new_empty(rows.shape)
     matmul(
         matrix(hidden.view(count, hidden_width)),
@@ -322,6 +330,7 @@ def forward(
             drop_path=drop,
             residual=None if residual is None else to_channels_last(residual),
         ),
+        image_scale,
     )
     return from_channels_last(output), nothing(input) if pre_activation is None else pre_activation
 

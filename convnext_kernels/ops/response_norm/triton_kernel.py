@@ -261,13 +261,18 @@ def _apply(
     return output
 
 
+def scales(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The reference's `scales` and the norms, [N, C] in float32, of images in channels-last memory."""
+    squares = _partial_sums(rows, rows, 1)[0]
+    norms = squares.new_empty(squares.shape[1:])
+    return _ratios(norms, weight, eps, squares)[0], norms
+
+
 def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
     rows = to_channels_last(input)
-    squares = _partial_sums(rows, rows, 1)[0]
-    norms = squares.new_empty(squares.shape[1:])
-    scales, *_ = _ratios(norms, weight, eps, squares)
-    return from_channels_last(_apply(rows, scales, bias=bias)), norms
+    factors, norms = scales(rows, weight, eps)
+    return from_channels_last(_apply(rows, factors, bias=bias)), norms
 
 
 def backward(
