@@ -241,24 +241,16 @@ def _response_norms(image: tuple[int, int, int, int], precision: str) -> Iterato
     yield Workload(response_norm.ACTIVATED_BACKWARD, (hidden,), precision, shapes, _response_norm_backward)
 
 
-def _scaled_layer(image: tuple[int, int, int, int], precision: str, architecture: int) -> Workload:
-    batch, channels, height, width = image
-    count, hidden, bits = batch * height * width, 4 * channels, _bits(precision)
-    few, kind = few_programs(count, channels), aligned(Kind.SCALED, channels, hidden)
-    key = channels, hidden, bits, int(kind), int(few), architecture
-    image_scale: dict[str, tuple[int, ...]] = {"scale": (batch, hidden), "scale_bias": (hidden,)}
-    shapes = {"tokens": (count, hidden), "weight": (channels, hidden), **image_scale, "residual": (count, channels)}
-    return Workload(MATMUL, key, precision, shapes, _scaled_product, flops=2 * count * channels * hidden)
-
-
 def _bits(precision: str) -> int:
     with multiplying(precision) as dtype:
         return operand_bits(dtype)
 
 
-def _layers(count: int, channels: int, precision: str, architecture: int) -> Iterator[Workload]:
-    """The MLP's products over so many tokens."""
-    hidden, bits = 4 * channels, _bits(precision)
+def _layers(
+    images: int, tokens_per_image: int, channels: int, precision: str, architecture: int, grn: bool
+) -> Iterator[Workload]:
+    """The MLP's products over the tokens of so many images."""
+    count, hidden, bits = images * tokens_per_image, 4 * channels, _bits(precision)
     tokens, activations = (count, channels), (count, hidden)
     layer1, layer2 = {"weight1": (hidden, channels), "bias1": (hidden,)}, {"weight2": (channels, hidden)}
 
@@ -274,6 +266,10 @@ def _layers(count: int, channels: int, precision: str, architecture: int) -> Ite
     shapes = {"tokens": activations, "weight": (channels, hidden), "bias": (channels,), "residual": tokens}
     yield product(channels, hidden, Kind.PLAIN, _product, shapes)
     if channels % 16 == 0:  # else what holds for the product holds for this one
+        if grn and tokens_per_image >= MINIMUM_TOKENS:
+            image_scale = {"scale": (images, hidden), "scale_bias": (hidden,)}
+            shapes = {"tokens": activations, "weight": (channels, hidden), **image_scale, "residual": tokens}
+            yield product(channels, hidden, Kind.SCALED, _scaled_product, shapes)
         shapes = {"grad": tokens, **layer2}
         if channels <= RECOMPUTED_CHANNELS:
             yield product(hidden, channels, Kind.RECOMPUTED, _derivative, {**shapes, "tokens": tokens, **layer1})
@@ -283,7 +279,7 @@ def _layers(count: int, channels: int, precision: str, architecture: int) -> Ite
             )
 
 
-def _products(image: tuple[int, int, int, int], precision: str, architecture: int) -> Iterator[Workload]:
+def _products(image: tuple[int, int, int, int], precision: str, architecture: int, grn: bool) -> Iterator[Workload]:
     batch, channels, height, width = image
     count, hidden, bits = batch * height * width, 4 * channels, _bits(precision)
     flops = 2 * count * channels * hidden
@@ -292,8 +288,8 @@ def _products(image: tuple[int, int, int, int], precision: str, architecture: in
         shapes = {"input": image, **layer1, **layer2, "bias2": (channels,), "residual": image}
         yield Workload(mlp.FUSED, (channels, architecture), precision, shapes, _one_kernel_mlp, 2 * flops)
     # One image may have few programs, which other tiles are for.
-    counts = (height * width, count)
-    layers = [layer for tokens in counts for layer in _layers(tokens, channels, precision, architecture)]
+    for_images = partial(_layers, tokens_per_image=height * width, channels=channels, precision=precision)
+    layers = [layer for images in (1, batch) for layer in for_images(images, architecture=architecture, grn=grn)]
     yield from {layer.name: layer for layer in layers}.values()
 
     tokens, activations = (count, channels), (count, hidden)
@@ -314,9 +310,6 @@ def workloads(
         grn: with those of global response normalisation.
         size: of the filters.
     """
-    found = [*_filters(image, size, precision), *_norms(image, precision), *_products(image, precision, architecture)]
-    if grn:
-        found += _response_norms(image, precision)
-    if grn and image[2] * image[3] >= MINIMUM_TOKENS:
-        found.append(_scaled_layer(image, precision, architecture))
-    return found
+    products = _products(image, precision, architecture, grn)
+    found = [*_filters(image, size, precision), *_norms(image, precision), *products]
+    return [*found, *(_response_norms(image, precision) if grn else ())]

@@ -315,7 +315,8 @@ def forward(
     if grn_weight is not None and grn_bias is not None:
         images = hidden.flatten(1, -2)
         if per_image >= MINIMUM_TOKENS:
-            image_scale = ImageScale(response_norm.scales(images, grn_weight, grn_eps)[0], grn_bias)
+            scales, _ = response_norm.scales_and_norms(images, grn_weight, grn_eps)
+            image_scale = ImageScale(scales, grn_bias)
         else:
             hidden, _ = response_norm.forward(images, grn_weight, grn_bias, grn_eps)
     output = rows.new_empty(rows.shape)

@@ -261,7 +261,7 @@ def _apply(
     return output
 
 
-def scales(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def scales_and_norms(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The reference's `scales` and the norms, [N, C] in float32, of images in channels-last memory."""
     squares = _partial_sums(rows, rows, 1)[0]
     norms = squares.new_empty(squares.shape[1:])
@@ -271,8 +271,8 @@ def scales(rows: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def forward(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As the reference's `forward`."""
     rows = to_channels_last(input)
-    factors, norms = scales(rows, weight, eps)
-    return from_channels_last(_apply(rows, factors, bias=bias)), norms
+    scales, norms = scales_and_norms(rows, weight, eps)
+    return from_channels_last(_apply(rows, scales, bias=bias)), norms
 
 
 def backward(
