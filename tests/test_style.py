@@ -26,6 +26,14 @@ def test_tool_has_nothing_to_say(command):
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
 
 
+def test_tests_are_collected_by_the_command_pytest():
+    """Which does not look for modules where it was started, unlike `python -m pytest`; isolated, Python neither."""
+    command = [sys.executable, "-I", "-m", "pytest", "--collect-only", "-q", "-n0"]
+    files = ["tests/test_compare.py", "tests/test_layers.py"]  # they import benchmarks and tools
+    result = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_no_file_is_too_long():
     folders = [ROOT / name for name in (PACKAGE, "csrc", "tests", "benchmarks", "examples")]
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*"))]
