@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import asdict, astuple, replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -20,18 +21,21 @@ from convnext_kernels.ops.common.tuning import Entry, read_table, trying, tunabl
 from convnext_kernels.ops.layer_norm import configs as layer_norm
 
 GPU = "NVIDIA Test 1"
-IMAGE = (1, 80, 3, 23)
-"""Of which no dimension is a whole number of tiles."""
+IMAGE = (1, 80, 6, 23)
+"""Of which no dimension is a whole number of tiles, and whose tokens are enough for the scaled product."""
+WIDE = (1, 272, 2, 3)
+"""So wide that the pre-activation is saved."""
 ARCHITECTURE = architecture(torch.device("cuda")) if interpreting() or torch.cuda.is_available() else 90
 
 
 def small_workloads():
-    """Every kernel once, plain matrix products in every precision."""
+    """Every launch of a kernel once, plain matrix products in every precision."""
     found = {}
-    for precision in ("float16", "float32", "tf32"):
-        for of in workloads(IMAGE, precision, ARCHITECTURE, grn=True, size=3):
-            if precision == "float16" or ("matmul" in of.tunable.name and not of.key[-1]):
-                found.setdefault((precision, of.tunable, of.call), of)
+    for image, precision in product((IMAGE, WIDE), ("float16", "float32", "tf32")):
+        for of in workloads(image, precision, ARCHITECTURE, grn=True, size=3):
+            kind = dict(zip(of.tunable.parameters, of.key, strict=True)).get("kind")
+            if precision == "float16" or kind == matmul_configs.Kind.PLAIN:
+                found.setdefault((precision, of.tunable, of.call, tuple(of.shapes)), of)
     return list(found.values())
 
 
@@ -96,8 +100,10 @@ def test_nothing_is_keyed_on_the_batch_but_whether_there_are_few_programs(monkey
     )
     assert one < many == more
     few = matmul_configs.MATMUL.parameters.index("few")
-    assert {key[few] for kernel, _, key in many - one if kernel == "common.matmul"} == {0}
+    keys = [key for kernel, _, key in many if kernel == "common.matmul"]
     assert {key[few] for kernel, _, key in one if kernel == "common.matmul"} == {1}
+    of_many, of_few = (sorted(key[:few] + key[few + 1 :] for key in keys if key[few] == value) for value in (0, 1))
+    assert of_many == of_few
 
 
 @pytest.fixture
