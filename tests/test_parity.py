@@ -136,6 +136,36 @@ def test_what_is_over_the_limit_is_drawn_again(monkeypatch, limits, times, fails
     assert len(drawn) == (parity.DRAWS if times else 1) and len({float(input.sum()) for input in drawn}) == len(drawn)
 
 
+def test_the_measure_decides_that_is_nearer_its_limit():
+    """The smaller error here, whose limit PyTorch makes smaller still."""
+    norm, maximum = (3e-7, 1e-7), (4e-7, 1e-6)
+    judged = parity._judge(FILTER, torch.float32, "reference", "output", [norm, maximum])
+    assert (judged.error, judged.torch_error) == norm and not judged.passed
+
+
+@pytest.mark.parametrize("layout", parity.LAYOUTS)
+def test_inputs_and_gradients_lie_in_the_layout_of_the_case(monkeypatch, layout):
+    operator, strides = OPERATORS["mlp"], {}
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            strides["gradient"] = gradient.stride()
+            return gradient
+
+    def noting(**arguments):
+        strides.update({name: arguments[name].stride() for name in ("input", "residual")})
+        return Noting.apply(operator(**arguments))
+
+    assert failures(monkeypatch, dataclasses.replace(MLP, layout=layout), noting) == set()
+    expected = parity.LAYOUTS[layout](torch.empty(MLP.shapes["input"])).stride()
+    assert strides == dict.fromkeys(("input", "residual", "gradient"), expected)
+
+
 def test_a_gradient_of_another_sign_fails(monkeypatch):
     class Negated(torch.autograd.Function):
         @staticmethod

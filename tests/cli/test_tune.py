@@ -193,12 +193,43 @@ def test_what_takes_most_of_the_models_time_comes_first():
     assert len({workload.name for workload in everything}) == len(everything)
 
 
-def test_what_the_compiled_library_replaces_comes_last(monkeypatch):
+def names_of(networks, device=CPU):
+    return [workload.name for workload in tune_plan.planned(networks, ["bfloat16"], device)]
+
+
+def test_all_models_weigh_the_same():
+    """However long one of them takes."""
+    tiny, isotropic = tune_plan.stages_of("convnext_tiny"), tune_plan.stages_of("convnext_isotropic_small")
+    longer = [replace(stage, depth=1000 * stage.depth) for stage in isotropic]
+    assert names_of([tiny, isotropic]) == names_of([tiny, longer]) == names_of([longer, tiny])
+    assert names_of([tiny, isotropic]) != names_of([[*tiny, *longer]])
+
+
+def test_what_has_one_configuration_alone_is_not_measured():
+    assert len(BACKWARD.candidates((3072,))) == 1
+    kernels = {name for name, _, _ in names_of([tune_plan.stages_of_width(3072)])}
+    assert FORWARD.name in kernels and BACKWARD.name not in kernels
+
+
+def test_the_plan_is_that_of_the_device_s_architecture(monkeypatch):
+    gpu = torch.device("cuda", 1)
     monkeypatch.setattr(tune_plan, "machine_reasons", lambda *arguments: ())
+    monkeypatch.setattr(tune_plan, "architecture", {gpu: 80}.__getitem__)
+    keys = [key for kernel, _, key in names_of([tune_plan.stages_of("convnext_tiny")], gpu) if "matmul" in kernel]
+    assert {key[-1] for key in keys} == {80}
+
+
+@pytest.mark.parametrize("reasons", [(), ("it was not built",)], ids=["built", "not built"])
+def test_what_the_compiled_library_replaces_comes_last(monkeypatch, reasons):
+    tiny, gpu, asked = [tune_plan.stages_of("convnext_tiny")], torch.device("cuda", 0), set()
+    monkeypatch.setattr(tune_plan, "machine_reasons", lambda *arguments: asked.add(arguments) or reasons)
     monkeypatch.setattr(tune_plan, "architecture", lambda device: 90)
-    plan = tune_plan.planned([tune_plan.stages_of("convnext_tiny")], ["bfloat16"], torch.device("cuda", 0))
-    in_cuda = [workload.tunable.name.split(".")[0] not in ("common", "mlp") for workload in plan]
-    assert in_cuda == sorted(in_cuda) and 0 < sum(in_cuda) < len(plan)
+    names = names_of(tiny, gpu)
+    assert asked == {("cuda", gpu, torch.bfloat16, False)}
+    in_cuda = [kernel.split(".")[0] not in ("common", "mlp") for kernel, _, _ in names]
+    assert 0 < sum(in_cuda) < len(names)
+    assert (in_cuda == sorted(in_cuda)) == (not reasons)
+    assert (names == names_of(tiny)) == bool(reasons)
 
 
 def test_the_stages_of_models_and_widths():
