@@ -4,6 +4,8 @@ import contextlib
 import subprocess
 import sys
 import threading
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +148,7 @@ def test_float64_is_for_the_reference(image):
     with pytest.raises(BackendError, match="float64 has no Triton kernels"):
         layer_norm(image.double(), backend="triton")
     assert layer_norm(image.double()).dtype == torch.float64
+    assert "float64 has no CUDA kernels" in explain("layer_norm", image.double()).reasons["cuda"]
 
 
 @pytest.mark.parametrize("call", ["argument", "setting"])
@@ -218,6 +221,34 @@ def test_the_library_must_have_code_for_the_gpu(monkeypatch, code, runs):
     monkeypatch.setattr(backends.build, "device_code", lambda device: code if device == 3 else "none")
     reasons = backends._cuda_reasons(torch.device("cuda", 3), torch.float16)
     assert reasons == ([] if runs else [f"what the compiled library has for the GPU is {code}"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "reasons"),
+    [((7, 5), ["the GPU has compute capability 7.5; 8.0 or newer is needed"]), ((8, 0), []), ((12, 0), [])],
+)
+def test_gpus_that_triton_s_kernels_run_on(monkeypatch, capability, reasons):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert backends._triton_reasons(torch.device("cuda", 3), torch.float16, by_name=False) == reasons
+
+
+def test_the_reference_in_place_of_kernels_on_a_gpu_warns_once_with_its_reasons(monkeypatch):
+    """Where nobody asked for it, and on a GPU alone."""
+    reasons = {"cuda": ("not built",), "triton": ("too old", "too many"), "reference": ()}
+    monkeypatch.setattr(backends, "machine_reasons", lambda backend, *_: reasons[backend])
+    backends._warn_slow_path.cache_clear()
+
+    def choose(requested, device):
+        input = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+        return backends.choose("test", requested, input, {backend: [] for backend in BACKENDS}, dict)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert choose("auto", "cpu") == choose("reference", "cuda") == "reference" and not seen
+        assert choose("auto", "cuda") == choose("auto", "cuda") == "reference"
+    told = "test runs the plain PyTorch reference on a GPU: cuda: not built; triton: too old, too many"
+    assert [str(warning.message) for warning in seen] == [told]
 
 
 def test_more_channels_than_triton_holds():

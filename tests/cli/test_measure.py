@@ -1,6 +1,7 @@
 """How time and memory are measured."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_peak_memory_counts_what_lives_at_once():
 def test_a_cpu_needs_no_copies():
     batch = torch.rand(2, 3, 4, 4)
     assert [copy.data_ptr() for copy in rotating_inputs(batch)] == [batch.data_ptr()]
+
+
+@pytest.mark.parametrize(("nbytes", "copies"), [(100, 21), (300, 8), (2000, 2), (10**6, 2)])
+def test_how_many_inputs_exceed_a_cache_of_1000_bytes(monkeypatch, nbytes, copies):
+    """Twice, without the one that is read."""
+    properties = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert measuring.rotation(nbytes, torch.device("cuda", 0)) == copies
 
 
 @pytest.mark.gpu
