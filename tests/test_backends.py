@@ -40,7 +40,9 @@ def test_the_setting_nests_and_comes_back():
         assert requested_backend(None) == "triton"
         with use_backend("reference"):
             assert requested_backend(None) == "reference"
-            assert requested_backend("cuda") == "cuda"
+            assert requested_backend("cuda") == "cuda" and requested_backend("auto") == "auto"
+        with use_backend("auto"):
+            assert requested_backend(None) == "auto"
         assert requested_backend(None) == "triton"
     assert requested_backend(None) == "auto"
 
@@ -231,6 +233,12 @@ def test_gpus_that_triton_s_kernels_run_on(monkeypatch, capability, reasons):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert backends._triton_reasons(torch.device("cuda", 3), torch.float16, by_name=False) == reasons
+
+
+def test_tensors_on_neither_cpu_nor_gpu(image):
+    reasons = explain("layer_norm", image.to("meta")).reasons
+    assert "the tensors are on meta; Triton's kernels are for CUDA" in reasons["triton"]
+    assert "the tensors are on meta" in reasons["cuda"]
 
 
 def test_the_reference_in_place_of_kernels_on_a_gpu_warns_once_with_its_reasons(monkeypatch):

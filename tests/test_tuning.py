@@ -1,6 +1,8 @@
 """Launch configurations: each candidate gives the same results, and only tables that can be trusted are used."""
 
 import json
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict, astuple, replace
 from itertools import product
@@ -68,6 +70,13 @@ def test_every_candidate_gives_the_same_results(workload, asked):
         for config in others:
             with trying(workload.tunable, config):
                 assert tune.disagreement(workload.run(tensors), expected) is None, config
+
+
+def test_kernels_are_known_before_their_operators_have_run():
+    """A table names them all when it is first read."""
+    script = "from convnext_kernels.ops.common.tuning import tunables; print(*tunables())"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) == set(tunables())
 
 
 def test_products_of_odd_sizes_are_measured_as_they_are_launched(asked):
