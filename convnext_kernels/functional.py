@@ -44,7 +44,8 @@ def explain(operator: str | Callable[..., Tensor], *args: Any, **kwargs: Any) ->
         args, kwargs: the call's arguments.
 
     Raises:
-        ValueError: no operator has that name, or an argument does not fit.
+        ValueError: no operator has that name, an argument does not fit, or tensors have no values (meta, fake), whose
+            call gives a shape and needs no backend.
     """
     names = (name for name, function in OPERATORS.items() if operator in (name, function))
     name = next(names, repr(operator))
@@ -55,4 +56,4 @@ def explain(operator: str | Callable[..., Tensor], *args: Any, **kwargs: Any) ->
             OPERATORS[name](*args, **kwargs)
     except ExplanationReached as reached:
         return reached.explanation
-    raise RuntimeError(f"{name} chose no backend: please report this call")
+    raise ValueError(f"{name}: got tensors without values; accepted: tensors on a device that computes")

@@ -235,10 +235,18 @@ def test_gpus_that_triton_s_kernels_run_on(monkeypatch, capability, reasons):
     assert backends._triton_reasons(torch.device("cuda", 3), torch.float16, by_name=False) == reasons
 
 
-def test_tensors_on_neither_cpu_nor_gpu(image):
-    reasons = explain("layer_norm", image.to("meta")).reasons
-    assert "the tensors are on meta; Triton's kernels are for CUDA" in reasons["triton"]
-    assert "the tensors are on meta" in reasons["cuda"]
+def test_tensors_on_another_device():
+    pytest.importorskip("triton")
+    device = torch.device("xpu")
+    assert backends._triton_reasons(device, torch.half, True) == [
+        "the tensors are on xpu; Triton's kernels are for CUDA"
+    ]
+    assert "the tensors are on xpu" in backends._cuda_reasons(device, torch.half)
+
+
+def test_tensors_without_values_need_no_backend(image):
+    with pytest.raises(ValueError, match=r"^layer_norm: got tensors without values; accepted: tensors on a device"):
+        explain("layer_norm", image.to("meta"))
 
 
 def test_the_reference_in_place_of_kernels_on_a_gpu_warns_once_with_its_reasons(monkeypatch):
