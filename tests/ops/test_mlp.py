@@ -280,6 +280,30 @@ def launches(monkeypatch):
     assert all(call.args[0] is kernel.fused_kernel for call in mock.call_args_list)
 
 
+@pytest.mark.parametrize(
+    ("wanting", "products", "over_tokens"),
+    [
+        ("input weight1 weight2", 2, 2),
+        ("input", 2, 0),
+        ("weight1", 1, 1),
+        ("bias1", 1, 1),
+        ("weight2", 1, 1),
+        ("layer_scale", 1, 1),
+    ],
+)
+def test_backward_multiplies_only_for_what_asks(monkeypatch, wanting, products, over_tokens):
+    """Beside dp's product, which all need: du's for the input, and dW's."""
+    case = next(case for case in TestMLP.examples(2, 5, 3, 2) if case.name == "V1")
+    arguments = without_gradients(arguments_of(case, device=device_of("triton")))
+    leaves = [arguments[name].requires_grad_() for name in wanting.split()]
+    output, kernel = mlp(**arguments, backend="triton"), import_module("convnext_kernels.ops.mlp.triton_kernel")
+    count = {name: Mock(wraps=getattr(kernel, name)) for name in ("matmul", "long_matmul")}
+    for name, mock in count.items():
+        monkeypatch.setattr(kernel, name, mock)
+    torch.autograd.grad(output, leaves, random_like(output))
+    assert [mock.call_count for mock in count.values()] == [products, over_tokens]
+
+
 class TestOneKernel:
     """Forward where nothing is saved and channels are few."""
 
