@@ -288,8 +288,8 @@ def _products(image: tuple[int, int, int, int], precision: str, architecture: in
         shapes = {"input": image, **layer1, **layer2, "bias2": (channels,), "residual": image}
         yield Workload(mlp.FUSED, (channels, architecture), precision, shapes, _one_kernel_mlp, 2 * flops)
     # One image may have few programs, which other tiles are for.
-    for_images = partial(_layers, tokens_per_image=height * width, channels=channels, precision=precision)
-    layers = [layer for images in (1, batch) for layer in for_images(images, architecture=architecture, grn=grn)]
+    block = height * width, channels, precision, architecture, grn
+    layers = [layer for images in (1, batch) for layer in _layers(images, *block)]
     yield from {layer.name: layer for layer in layers}.values()
 
     tokens, activations = (count, channels), (count, hidden)
