@@ -136,6 +136,12 @@ def on_gpu(dtype=torch.float16, device="cuda:0"):
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 
+def test_launches_read_a_table_from_when_it_is_written(folder):
+    assert layer_norm.FORWARD(on_gpu(), 96) == RULE
+    write_table(folder / tuning.file_name(GPU), GPU, [ENTRY])
+    assert layer_norm.FORWARD(on_gpu(), 96) == FASTER
+
+
 def test_a_measured_configuration_is_used_where_it_was_measured(folder):
     assert FASTER != RULE and FASTER in layer_norm.FORWARD.candidates((96,))
     write_table(folder / "nvidia-test-1.json", GPU, [ENTRY])

@@ -1,8 +1,10 @@
 """The command `tune`: what wins, what is refused, and what is written."""
 
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,8 +111,8 @@ def options(monkeypatch):
 
 
 def test_the_time_limit_stops_and_keeps_what_was_measured(options, tmp_path):
-    """Minutes 0, 0 and 1 are before the end, minute 2 is not."""
-    minutes, path = iter([0.0, 0.0, 1.0, 2.0]), tmp_path / "table.json"
+    """Minutes 0, 0 and 1.9 are before the end, minute 2 is not."""
+    minutes, path = iter([0.0, 0.0, 1.9, 2.0]), tmp_path / "table.json"
     plan = [workload(FORWARD), workload(BACKWARD), workload(FORWARD)]
     outcomes = tune.tune(plan, options, path, timer({FAST: [5.0] * 3}), lambda: 60 * next(minutes))
     assert [outcome.workload for outcome in outcomes] == plan[:2]
@@ -176,6 +178,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, tmp_path, monkeypa
     shown = capsys.readouterr().out
     assert all(name in shown for name, tunable in tuning.tunables().items() if "response" not in name)
     assert "response_norm" not in shown and "tf32" in shown
+    (plan,) = re.findall(r"(\d+) configurations of \d+ kernels: (\d+) minutes predicted", shown)
+    assert int(plan[1]) == round(int(plan[0]) * tune.PREDICTED_SECONDS / 60)
     assert "minutes predicted, of which --minutes allows 3" in shown and not list(tmp_path.iterdir())
 
 
@@ -330,20 +334,45 @@ def test_where_nothing_can_be_timed(a_gpu, monkeypatch, capsys, owner, name, val
     assert message in refusal(main, ["tune"], capsys)
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_the_exit_code_and_where_it_is_read(a_gpu, monkeypatch, capsys, tmp_path, wrong):
-    """Another result of a candidate is a failed check."""
-    outcome = tune.Outcome(
-        workload(), Entry(FORWARD.name, "float16", KEY, FAST, 1.25), {FASTEST: "off"} if wrong else {}
-    )
+@pytest.fixture
+def tuned(a_gpu, monkeypatch):
+    """The outcomes that a run finds, its device and how it compiles: nothing is launched."""
+    found = SimpleNamespace(outcome=tune.Outcome(workload(), Entry(FORWARD.name, "float16", KEY, FAST, 1.25)))
+
+    def measured(plan, options, path, compiler):
+        found.compiler = compiler
+        return [found.outcome]
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(found, "device", device))
     monkeypatch.setattr(tune, "planned", lambda *arguments: [workload()])
-    monkeypatch.setattr(tune, "tune", lambda plan, options, path, compiler: [outcome])
+    monkeypatch.setattr(tune, "tune", measured)
+    return found
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_exit_code_and_where_it_is_read(tuned, capsys, tmp_path, wrong):
+    """Another result of a candidate is a failed check."""
+    tuned.outcome = replace(tuned.outcome, wrong={FASTEST: "off"} if wrong else {})
     path = tmp_path / "mine.json"
     assert main(["tune", "--output", str(path)]) == int(wrong)
     captured = capsys.readouterr()
     assert "1.25x" in captured.out and "1 of 1 kernels measured, 1 faster" in captured.out
     assert f"wrote {path}" in captured.err and "it is called nvidia-test-1.json" in captured.err
     assert ("refused: layer_norm.forward_kernel" in captured.out) == wrong
+
+
+def test_the_user_s_folder_is_made_and_needs_no_word(tuned, capsys, monkeypatch, tmp_path):
+    folder = tmp_path / "new" / "tables"
+    monkeypatch.setenv("CONVNEXT_KERNELS_TABLES", str(folder))
+    assert main(["tune"]) == 0 and folder.is_dir()
+    told = capsys.readouterr().err
+    assert f"wrote {folder / 'nvidia-test-1.json'}" in told and "it is called" not in told
+
+
+def test_kernels_are_compiled_for_the_device_and_measured_on_it(tuned, tmp_path):
+    assert main(["tune", "--output", str(tmp_path / "mine.json")]) == 0
+    assert tuned.device == torch.device("cuda", 0)
+    assert (tuned.compiler.func, tuned.compiler.keywords) == (compile_ahead.compiled_ahead, {"architecture": 90})
 
 
 def test_info_shows_the_table_in_use_and_what_is_ignored(capsys, monkeypatch, tmp_path):
