@@ -86,6 +86,18 @@ class TestMLP(Contract):
         monkeypatch.setattr(kernel, "_apply", apply)
         assert relative_error(mlp(**arguments, backend="triton"), expected) < 1e-6 and apply.call_count == passes
 
+    def test_large_images_of_an_empty_batch(self):
+        arguments = arguments_of(self.full(batch=0, height=13, width=11), device=device_of("triton"))
+        results = evaluate(self.on("triton"), arguments)
+        assert results["output"].shape == (0, *arguments["input"].shape[1:]) and not results["grad weight2"].any()
+
+    def test_nan_stays_in_its_large_image(self):
+        arguments = without_gradients(arguments_of(self.full(height=13, width=11), device=device_of("triton")))
+        output = mlp(**arguments, backend="triton")
+        arguments["input"][0, 0, 12, 10] = torch.nan
+        got = mlp(**arguments, backend="triton")
+        assert torch.equal(got[1:], output[1:]) and got[0].isnan().any()
+
     def test_images_of_more_tokens_than_a_split_of_grn(self):
         assert_parity(self.full(height=17, width=16), torch.float32, device_of("triton"), "triton")
 
@@ -251,6 +263,30 @@ class TestMLP(Contract):
         assert_far_images_are_right(call, (2048, 64), {"weight1": (64, 64), "weight2": (64, 64)}, tensors=14)
 
 
+@pytest.mark.parametrize(
+    ("wanting", "products", "over_tokens"),
+    [
+        ("input weight1 weight2", 2, 2),
+        ("input", 2, 0),
+        ("weight1", 1, 1),
+        ("bias1", 1, 1),
+        ("weight2", 1, 1),
+        ("layer_scale", 1, 1),
+    ],
+)
+def test_backward_multiplies_only_for_what_asks(monkeypatch, wanting, products, over_tokens):
+    """Beside dp's product, which all need: du's for the input, and dW's."""
+    case = next(case for case in TestMLP.examples(2, 5, 3, 2) if case.name == "V1")
+    arguments = without_gradients(arguments_of(case, device=device_of("triton")))
+    leaves = [arguments[name].requires_grad_() for name in wanting.split()]
+    output, kernel = mlp(**arguments, backend="triton"), import_module("convnext_kernels.ops.mlp.triton_kernel")
+    count = {name: Mock(wraps=getattr(kernel, name)) for name in ("matmul", "long_matmul")}
+    for name, mock in count.items():
+        monkeypatch.setattr(kernel, name, mock)
+    torch.autograd.grad(output, leaves, random_like(output))
+    assert [mock.call_count for mock in count.values()] == [products, over_tokens]
+
+
 ONE_KERNEL = {
     "48 channels": (48, 72, (2, 48, 9, 8), BLOCK, {}),
     "64 channels": (64, 50, (3, 64, 2, 3), BLOCK, {}),
@@ -278,30 +314,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(kernel, "launch", mock)
     yield mock
     assert all(call.args[0] is kernel.fused_kernel for call in mock.call_args_list)
-
-
-@pytest.mark.parametrize(
-    ("wanting", "products", "over_tokens"),
-    [
-        ("input weight1 weight2", 2, 2),
-        ("input", 2, 0),
-        ("weight1", 1, 1),
-        ("bias1", 1, 1),
-        ("weight2", 1, 1),
-        ("layer_scale", 1, 1),
-    ],
-)
-def test_backward_multiplies_only_for_what_asks(monkeypatch, wanting, products, over_tokens):
-    """Beside dp's product, which all need: du's for the input, and dW's."""
-    case = next(case for case in TestMLP.examples(2, 5, 3, 2) if case.name == "V1")
-    arguments = without_gradients(arguments_of(case, device=device_of("triton")))
-    leaves = [arguments[name].requires_grad_() for name in wanting.split()]
-    output, kernel = mlp(**arguments, backend="triton"), import_module("convnext_kernels.ops.mlp.triton_kernel")
-    count = {name: Mock(wraps=getattr(kernel, name)) for name in ("matmul", "long_matmul")}
-    for name, mock in count.items():
-        monkeypatch.setattr(kernel, name, mock)
-    torch.autograd.grad(output, leaves, random_like(output))
-    assert [mock.call_count for mock in count.values()] == [products, over_tokens]
 
 
 class TestOneKernel:
