@@ -163,23 +163,21 @@ def _one_kernel_mlp(
     return _kernels("mlp").forward(input, *parameters, None, None, residual, None, None, EPS, "gelu", True, False)
 
 
-def _product(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A layer: the first one, with its activation, or the second, with a residual."""
+def _product(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    scale_bias: Tensor | None = None,
+) -> Tensor:
+    """A layer: the first one, with its activation, or the second, with a residual and perhaps of images it scales."""
     matmul, (columns, inner) = _common("matmul"), weight.shape
     out = tokens.new_empty((tokens.shape[0], columns))
     epilogue = matmul.Epilogue(bias=bias, activation="gelu" if residual is None else None, residual=residual)
     operands = matmul.matrix(tokens), matmul.matrix(weight).transposed, matmul.matrix(out)
-    matmul.matmul(*operands, (len(tokens), columns, inner), epilogue)
-    return out
-
-
-def _scaled_product(tokens: Tensor, weight: Tensor, scale: Tensor, scale_bias: Tensor, residual: Tensor) -> Tensor:
-    """The second layer, of images that global response normalisation scales."""
-    matmul, (columns, inner) = _common("matmul"), weight.shape
-    out = torch.empty_like(residual)
-    operands = matmul.matrix(tokens), matmul.matrix(weight).transposed, matmul.matrix(out)
-    image_scale = _common("images").ImageScale(scale, scale_bias)
-    matmul.matmul(*operands, (len(tokens), columns, inner), matmul.Epilogue(residual=residual), image_scale)
+    image_scale = None if scale is None else _common("images").ImageScale(scale, scale_bias)
+    matmul.matmul(*operands, (len(tokens), columns, inner), epilogue, image_scale)
     return out
 
 
@@ -268,8 +266,7 @@ def _layers(
     if channels % 16 == 0:  # else what holds for the product holds for this one
         if grn and tokens_per_image >= MINIMUM_TOKENS:
             image_scale = {"scale": (images, hidden), "scale_bias": (hidden,)}
-            shapes = {"tokens": activations, "weight": (channels, hidden), **image_scale, "residual": tokens}
-            yield product(channels, hidden, Kind.SCALED, _scaled_product, shapes)
+            yield product(channels, hidden, Kind.SCALED, _product, {**shapes, **image_scale})
         shapes = {"grad": tokens, **layer2}
         if channels <= RECOMPUTED_CHANNELS:
             yield product(hidden, channels, Kind.RECOMPUTED, _derivative, {**shapes, "tokens": tokens, **layer1})
