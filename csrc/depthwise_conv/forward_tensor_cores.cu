@@ -255,8 +255,10 @@ __device__ __forceinline__ std::uint32_t convolve_block(DepthwiseConvForwardPara
   SharedPointer<char> const inputs = residuals + Traits::residual_rows * Traits::output_row;  // a ring of rows
   int const tile = (tiling.strips.place<Traits>(lane / 4) + word) * Traits::word_bytes;
   int const first_output = (lane / 4 * Traits::segment_stride + word) * Traits::word_bytes;
-  for (int i = threadIdx.x; i < Traits::stages * tiling.input_row / Traits::word_bytes; i += Traits::threads) {
-    reinterpret_shared<std::uint32_t>(inputs)[i] = 0;
+  // Zero beside the image, where nothing is copied: a NaN left there would set correct_outputs to work in vain.
+  int const ring_bytes = Traits::residual_rows * Traits::output_row + Traits::stages * tiling.input_row;
+  for (int i = threadIdx.x; i < ring_bytes / Traits::word_bytes; i += Traits::threads) {
+    reinterpret_shared<std::uint32_t>(residuals)[i] = 0;
   }
   ToeplitzFilter<Traits> filter;
   filter.load(params, place.channel + 2 * warp, lane);

@@ -115,11 +115,13 @@ struct InputCopies {
     }
   }
 
-  __device__ void zero_outside(SharedPointer<std::uint32_t> inputs) const {
+  // What is never copied to: words beside the image, and of a few channels those behind the last.
+  __device__ void zero_outside(SharedPointer<std::uint32_t> inputs, int channels) const {
     for (int row = 0; row < Traits::input_rows; ++row) {
 #pragma unroll
       for (int pass = 0; pass < passes; ++pass) {
-        if (share.pixel(pass) < Traits::input_pixels && !(inside[pass] && rows_inside >> row & 1)) {
+        bool const copied = inside[pass] && (rows_inside >> row & 1) && 2 * share.word < channels;
+        if (share.pixel(pass) < Traits::input_pixels && !copied) {
           inputs[row * Traits::input_row + share.place(pass)] = 0;
         }
       }
@@ -225,7 +227,7 @@ __device__ __forceinline__ std::uint32_t convolve_tile(DepthwiseConvForwardParam
   SharedPointer<std::uint32_t> const first =
       inputs + tiling.strips.place<Traits>(lane / 4) + 2 * (lane % 4) * Traits::pixel_stride + warp;
   InputCopies<Traits> copies(params, tiling.strips, place);
-  copies.zero_outside(inputs);
+  copies.zero_outside(inputs, params.channels);
   copies.start(inputs, params.channels);
   cp_async_commit();
   std::uint32_t spoilt = 0;

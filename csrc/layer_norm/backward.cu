@@ -123,7 +123,6 @@ __device__ void store_partials(float const (&grad_weight)[items][vector], float 
   SharedPointer<float> const floats = dynamic_shared<float>();
   SharedPointer<float> const of_group = floats + share.group * 2 * padded;
   ChannelFloats<vector> const weight_sums(of_group, tiling), bias_sums(of_group + padded, tiling);
-  cp_async_wait<0>();  // the zeros behind the last token
   __syncthreads();
 #pragma unroll
   for (int item = 0; item < items; ++item) {
@@ -183,6 +182,7 @@ __global__ void __launch_bounds__(threads, items == NormTraits::most_items ? 2 :
     token += step;
     offset = next_offset;
   }
+  cp_async_wait<0>();  // the zeros behind the last token, which must not land in the next block's shared memory
   if (params.partials) {
     store_partials(grad_weight, grad_bias, params, tiling, share);
   }

@@ -14,10 +14,19 @@ namespace {
 
 constexpr int threads = 64;
 
+using Tile = ck::SharedArray<float, threads>;
+
+// Where a race is planted, so that what is read too early is not uninitialised.
+__device__ void clear(Tile& tile) {
+  tile[threadIdx.x] = 0;
+  __syncthreads();
+}
+
 // output[t] = input[threads - 1 - t]. Planted: no barrier between writing and reading.
 __global__ void reverse(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
+  clear(tile);
   tile[t] = input[t];
   if (!planted) {
     __syncthreads();
@@ -27,7 +36,7 @@ __global__ void reverse(bool planted, float const* input, float* output) {
 
 // output[t] = 2 input[t + 1], round the block. Planted: no barrier between reading and writing again.
 __global__ void rotate(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
   tile[t] = input[t];
   __syncthreads();
@@ -41,7 +50,7 @@ __global__ void rotate(bool planted, float const* input, float* output) {
 
 // output = input. Planted: two threads write the same element.
 __global__ void scatter(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
   tile[planted && t == 40 ? 3 : t] = input[t];
   __syncthreads();
@@ -50,8 +59,9 @@ __global__ void scatter(bool planted, float const* input, float* output) {
 
 // output[t] = input[t ^ 1] within warps. Planted: no barrier of the warp between writing and reading.
 __global__ void swap_in_warp(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
+  clear(tile);
   tile[t] = input[t];
   if (!planted) {
     __syncwarp();
@@ -61,8 +71,9 @@ __global__ void swap_in_warp(bool planted, float const* input, float* output) {
 
 // As reverse. Planted: a barrier of the warp where one of the block is needed.
 __global__ void reverse_warps(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
+  clear(tile);
   tile[t] = input[t];
   if (planted) {
     __syncwarp();
@@ -74,7 +85,7 @@ __global__ void reverse_warps(bool planted, float const* input, float* output) {
 
 // output = input. Planted: the last thread writes behind the end of static shared memory.
 __global__ void past_static(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
   tile[t + planted] = input[t];
   output[t] = tile[t + planted];
@@ -107,7 +118,7 @@ __global__ void past_global(bool planted, float const* input, float* output) {
 
 // output = input. Planted: an asynchronous copy reads behind the end of global memory.
 __global__ void copy_past_global(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
   ck::cp_async<float>(tile + t, input + t + planted, true);
   ck::cp_async_commit();
@@ -117,7 +128,7 @@ __global__ void copy_past_global(bool planted, float const* input, float* output
 
 // output = input, zero where odd. Planted: no wait for the copy.
 __global__ void copy(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
   ck::cp_async<float>(tile + t, input + t, t % 2 == 0);
   ck::cp_async_commit();
@@ -127,9 +138,21 @@ __global__ void copy(bool planted, float const* input, float* output) {
   output[t] = tile[t];
 }
 
+// output = input. Planted: ends without a wait for a copy that nobody reads.
+__global__ void copy_at_the_end(bool planted, float const* input, float* output) {
+  __shared__ Tile tile;
+  int const t = threadIdx.x;
+  ck::cp_async<float>(tile + t, input + t, true);
+  ck::cp_async_commit();
+  if (!planted) {
+    ck::cp_async_wait<0>();
+  }
+  output[t] = input[t];
+}
+
 // output = input, in two groups. Planted: waits for the first of them only.
 __global__ void copy_groups(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
   for (int half = 0; half < 2; ++half) {
     if (t < threads / 2) {
@@ -148,8 +171,9 @@ __global__ void copy_groups(bool planted, float const* input, float* output) {
 
 // output[t] = input[t ^ 1]. Planted: a wait, which is for the thread's own copies, without a barrier.
 __global__ void copy_for_others(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x;
+  clear(tile);
   ck::cp_async<float>(tile + t, input + t, true);
   ck::cp_async_commit();
   ck::cp_async_wait<0>();
@@ -192,7 +216,7 @@ __global__ void warp_sum(bool planted, float const* input, float* output) {
 
 // Every block's output = its input. Planted: the second block reads what the first left in shared memory.
 __global__ void left_behind(bool planted, float const* input, float* output) {
-  __shared__ ck::SharedArray<float, threads> tile;
+  __shared__ Tile tile;
   int const t = threadIdx.x, i = blockIdx.x * threads + t;
   if (!planted || blockIdx.x == 0) {
     tile[t] = input[i];
@@ -287,6 +311,7 @@ int main(int, char** arguments) {
       {"past_global", past_global, 1},
       {"copy_past_global", copy_past_global, 1},
       {"copy", copy, 1},
+      {"copy_at_the_end", copy_at_the_end, 1},
       {"copy_groups", copy_groups, 1},
       {"copy_for_others", copy_for_others, 1},
       {"early_exit", early_exit, 1},

@@ -45,7 +45,10 @@ struct Site {
 };
 
 // A cp.async: its bytes reach shared memory when the thread waits for its group.
-using Copy = std::function<void()>;
+struct Copy {
+  std::function<void()> land;
+  Site site;
+};
 
 enum class State { running, at_barrier, at_collective, finished };
 
@@ -100,6 +103,7 @@ struct Block {
   static void enter();
   void resume(Thread& thread);
   void pass_barrier();
+  void check_copies() const;
 };
 
 inline Block block;
@@ -150,6 +154,19 @@ inline void Block::pass_barrier() {
   }
 }
 
+// Copies that nobody waited for would land in the shared memory of a later block.
+inline void Block::check_copies() const {
+  for (auto const& thread : threads) {
+    thread->groups.push_back(thread->open_group);
+    for (auto const& group : thread->groups) {
+      for (Copy const& copy : group) {
+        report("missing wait: thread %d has ended with its copy of %s:%d under way", thread->number, copy.site.file,
+               copy.site.line);
+      }
+    }
+  }
+}
+
 // Runs the kernel in every thread of a block, from the start to the end.
 inline void Block::run() {
   threads.clear();
@@ -180,6 +197,7 @@ inline void Block::run() {
       pass_barrier();
     }
   }
+  check_copies();
 }
 
 // Meets the other lanes of the mask; the last to come runs operation(lanes) for all: the address of every lane's

@@ -79,7 +79,8 @@ void keep(T&) {}
 inline void keep_in_order() {}
 
 template <typename T>
-void cp_async(SharedPointer<T> destination, T const* source, unsigned valid) {
+void cp_async(SharedPointer<T> destination, T const* source, unsigned valid, char const* file = __builtin_FILE(),
+              int line = __builtin_LINE()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "cp.async copies 4, 8 or 16 bytes");
   emulator::Thread& thread = *emulator::block.current;
   std::array<std::byte, sizeof(T)> bytes{};
@@ -91,8 +92,8 @@ void cp_async(SharedPointer<T> destination, T const* source, unsigned valid) {
     std::memcpy(&bytes, source, sizeof(T));
   }
   destination.region()->start_copy(thread, destination.offset(), sizeof(T));
-  thread.open_group.push_back(
-      [=, &thread] { destination.region()->land(thread, destination.offset(), &bytes, sizeof(T)); });
+  auto const land = [=, &thread] { destination.region()->land(thread, destination.offset(), &bytes, sizeof(T)); };
+  thread.open_group.push_back({land, {file, line}});
 }
 
 inline void cp_async_commit() {
@@ -105,8 +106,8 @@ template <int pending>
 void cp_async_wait() {
   emulator::Thread& thread = *emulator::block.current;
   for (; thread.groups.size() > pending; thread.groups.pop_front()) {
-    for (emulator::Copy const& land : thread.groups.front()) {
-      land();
+    for (emulator::Copy const& copy : thread.groups.front()) {
+      copy.land();
     }
   }
 }

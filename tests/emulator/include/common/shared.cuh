@@ -12,7 +12,7 @@ namespace emulator {
 
 constexpr int nobody = -1;
 
-// Who touched a byte of shared memory since the last barrier.
+// Who touched a byte of shared memory, and when. Nobody wrote it when a block starts, whatever lies there.
 struct Shadow {
   int writer = nobody, write_epoch = 0, write_warp_epoch = 0;
   int reader = nobody, other_reader = nobody;  // two lanes of the warp that read last
@@ -25,19 +25,12 @@ class Region {
  public:
   explicit Region(std::size_t bytes) : size_(bytes), memory_(new (alignment) std::byte[bytes]), shadow_(bytes) {
     regions().push_back(this);
-    poison();
   }
   ~Region() {
     regions().erase(std::find(regions().begin(), regions().end(), this));
     operator delete[](memory_, alignment);
   }
   Region(Region const&) = delete;
-
-  // Every byte 0xff, a NaN in each floating-point type, and forgets who touched what.
-  void poison() {
-    std::memset(memory_, 0xff, size_);
-    std::fill(shadow_.begin(), shadow_.end(), Shadow{});
-  }
 
   void read(Thread const& thread, std::ptrdiff_t offset, void* values, int bytes) {
     check(thread, offset, bytes, "reads");
@@ -62,7 +55,6 @@ class Region {
       note_write(thread, offset + i);
       shadow_[offset + i].in_flight = true;
     }
-    std::memset(memory_ + offset, 0xff, bytes);
   }
 
   void land(Thread const& thread, std::ptrdiff_t offset, void const* values, int bytes) {
@@ -72,9 +64,9 @@ class Region {
     write(thread, offset, values, bytes);
   }
 
-  static void poison_all() {
+  static void forget_all() {
     for (Region* region : regions()) {
-      region->poison();
+      std::fill(region->shadow_.begin(), region->shadow_.end(), Shadow{});
     }
   }
 
@@ -148,6 +140,10 @@ class Region {
   void note_read(Thread const& thread, std::ptrdiff_t offset) {
     note_access(thread, offset, "reads");
     Shadow& shadow = shadow_[offset];
+    if (shadow.writer == nobody) {
+      report("uninitialised: thread %d reads byte %td of shared memory, which its block has not written", thread.number,
+             offset);
+    }
     bool const first = shadow.reader == nobody || shadow.read_epoch != block.epoch;
     bool const another_warp = !first && !same_warp(shadow.reader, thread.number);
     bool const after_warp_barrier = shadow.read_warp_epoch != warp_epoch(thread.number);
