@@ -224,26 +224,27 @@ PYBIND11_MODULE(_C, module) {
       .value("float16", ck::ElementType::float16)
       .value("bfloat16", ck::ElementType::bfloat16);
 
-  module.def("depthwise_conv_forward", &depthwise_conv_forward, without_gil, py::kw_only(), "input"_a, "weight"_a, "bias"_a,
-             "residual"_a, "drop_path_factor"_a, "output"_a, "input_strides"_a, "output_strides"_a,
-             "type"_a, "parameter_type"_a, "shape"_a, "kernel_size"_a, "flip_filter"_a, "stream"_a);
+  module.def("depthwise_conv_forward", &depthwise_conv_forward, without_gil, py::kw_only(), "input"_a, "weight"_a,
+             "bias"_a, "residual"_a, "drop_path_factor"_a, "output"_a, "input_strides"_a, "output_strides"_a, "type"_a,
+             "parameter_type"_a, "shape"_a, "kernel_size"_a, "flip_filter"_a, "stream"_a);
   module.def("in_one_pass", &in_one_pass, py::kw_only(), "input"_a, "input_strides"_a, "type"_a, "shape"_a,
              "kernel_size"_a);
   module.def("filter_gradient_splits", &filter_gradient_splits, py::kw_only(), "type"_a, "shape"_a, "kernel_size"_a);
-  module.def("depthwise_conv_filter_gradient", &depthwise_conv_filter_gradient, without_gil, py::kw_only(), "grad_output"_a,
-             "input"_a, "drop_path_factor"_a, "partials"_a, "grad_output_strides"_a, "input_strides"_a, "type"_a,
-             "shape"_a, "kernel_size"_a, "stream"_a);
-  module.def("depthwise_conv_layer_norm_forward", &depthwise_conv_layer_norm_forward, without_gil, py::kw_only(), "input"_a,
-             "weight"_a, "bias"_a, "norm_weight"_a, "norm_bias"_a, "drop_path_factor"_a, "output"_a, "convolved"_a,
-             "mean"_a, "rstd"_a, "input_strides"_a, "type"_a, "parameter_type"_a, "norm_parameter_type"_a, "shape"_a,
-             "kernel_size"_a, "eps"_a, "stream"_a);
+  module.def("depthwise_conv_filter_gradient", &depthwise_conv_filter_gradient, without_gil, py::kw_only(),
+             "grad_output"_a, "input"_a, "drop_path_factor"_a, "partials"_a, "grad_output_strides"_a,
+             "input_strides"_a, "type"_a, "shape"_a, "kernel_size"_a, "stream"_a);
+  module.def("depthwise_conv_layer_norm_forward", &depthwise_conv_layer_norm_forward, without_gil, py::kw_only(),
+             "input"_a, "weight"_a, "bias"_a, "norm_weight"_a, "norm_bias"_a, "drop_path_factor"_a, "output"_a,
+             "convolved"_a, "mean"_a, "rstd"_a, "input_strides"_a, "type"_a, "parameter_type"_a,
+             "norm_parameter_type"_a, "shape"_a, "kernel_size"_a, "eps"_a, "stream"_a);
   module.def("layer_norm_forward", &layer_norm_forward, without_gil, py::kw_only(), "input"_a, "weight"_a, "bias"_a,
              "drop_path_factor"_a, "output"_a, "mean"_a, "rstd"_a, "type"_a, "parameter_type"_a, "tokens"_a,
              "tokens_per_image"_a, "channels"_a, "eps"_a, "stream"_a);
   module.def("layer_norm_backward_splits", &layer_norm_backward_splits, py::kw_only(), "type"_a, "tokens"_a,
              "channels"_a);
-  module.def("layer_norm_backward", &layer_norm_backward, without_gil, py::kw_only(), "grad_output"_a, "input"_a, "weight"_a,
-             "mean"_a, "rstd"_a, "drop_path_factor"_a, "grad_input"_a, "partials"_a, "type"_a, "parameter_type"_a,
-             "tokens"_a, "tokens_per_image"_a, "channels"_a, "stream"_a);
-  module.def("partial_sums", &partial_sums, without_gil, py::kw_only(), "partials"_a, "count"_a, "elements"_a, "sums"_a, "stream"_a);
+  module.def("layer_norm_backward", &layer_norm_backward, without_gil, py::kw_only(), "grad_output"_a, "input"_a,
+             "weight"_a, "mean"_a, "rstd"_a, "drop_path_factor"_a, "grad_input"_a, "partials"_a, "type"_a,
+             "parameter_type"_a, "tokens"_a, "tokens_per_image"_a, "channels"_a, "stream"_a);
+  module.def("partial_sums", &partial_sums, without_gil, py::kw_only(), "partials"_a, "count"_a, "elements"_a,
+             "sums"_a, "stream"_a);
 }

@@ -77,7 +77,9 @@ def test_a_planted_fault_is_found(program, kernel, message):
 def test_a_block_finds_nothing_that_another_left_in_shared_memory(program):
     values = random_floats(2 * THREADS)
     assert run(program, "left_behind", 0, given=values.tobytes()) == values.tobytes()
-    with pytest.raises(RuntimeError, match=r"emulator: uninitialised: thread 0 reads byte 0 .* its block has not written"):
+    with pytest.raises(
+        RuntimeError, match=r"emulator: uninitialised: thread 0 reads byte 0 .* its block has not written"
+    ):
         run(program, "left_behind", 1, given=values.tobytes())
 
 

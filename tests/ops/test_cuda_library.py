@@ -1,5 +1,9 @@
 """What the compiled library's launchers do that no operator asks of them yet, and what they refuse."""
 
+import sys
+import threading
+import time
+
 import pytest
 import torch
 from support import DTYPES, INTERPRETED, relative_error
@@ -301,6 +305,24 @@ def test_partial_sums(count, elements):
     sums = partial_sums(partials)
     assert torch.equal(sums, partial_sums(partials))
     assert (sums.double() - partials.double().sum(0)).abs().max() < 1e-6 * max(count, 1)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU a launch ends before another thread has begun")
+def test_other_threads_run_during_a_launch():
+    """A launch waits where a stream's queue is full, which another thread may have to empty."""
+    partials, times = vector(random(300, 300)), []
+    thread = threading.Thread(target=lambda: (time.sleep(0.01), times.append(time.perf_counter())))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # Python itself lets nobody else run
+    try:
+        thread.start()
+        begin = time.perf_counter()
+        partial_sums(partials)  # a quarter of a second
+        end = time.perf_counter()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert times[0] < (begin + end) / 2
 
 
 REFUSED = {
