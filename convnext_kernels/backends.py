@@ -100,14 +100,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _release(package: str) -> tuple[int, ...]:
+@cache
+def release(package: str) -> tuple[int, ...]:
     """Major and minor version of an installed package."""
     return tuple(int(number) for number in version(package).split(".")[:2])
 
 
 def broken_interpreter() -> str | None:
     """Why the interpreter of the installed Triton cannot run our kernels, or None."""
-    if _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+    if release("triton") < (3, 7) and release("numpy") >= (2, 4):
         return "the interpreter of Triton before 3.7 fails in loops with NumPy 2.4 or newer"
     return None
 

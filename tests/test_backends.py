@@ -94,7 +94,7 @@ def test_why_not_automatically_the_interpreter(image):
 def test_old_interpreter_with_new_numpy(image, monkeypatch, triton, numpy, fails, newer):
     pytest.importorskip("triton")
     versions = {"triton": "3.10.1" if newer else triton, "numpy": numpy}
-    monkeypatch.setattr(backends, "version", versions.__getitem__)
+    monkeypatch.setattr(backends, "release", lambda package: tuple(map(int, versions[package].split(".")[:2])))
     backends.machine_reasons.cache_clear()
     try:
         reasons = explain(layer_norm, image, backend="triton").reasons["triton"]

@@ -16,11 +16,11 @@ from torch import Tensor
 from convnext_kernels.ops.common.matmul_configs import (
     LONG_MATMUL,
     MATMUL,
-    MINIMUM_TOKENS,
     Kind,
     aligned,
     few_programs,
     operand_bits,
+    scales_operands,
 )
 from convnext_kernels.ops.common.tuning import Key, Name, Tunable
 from convnext_kernels.ops.convnext_block.configs import RECOMPUTED_CHANNELS
@@ -264,7 +264,7 @@ def _layers(
     shapes = {"tokens": activations, "weight": (channels, hidden), "bias": (channels,), "residual": tokens}
     yield product(channels, hidden, Kind.PLAIN, _product, shapes)
     if channels % 16 == 0:  # else what holds for the product holds for this one
-        if grn and tokens_per_image >= MINIMUM_TOKENS:
+        if grn and scales_operands(tokens_per_image, architecture):
             image_scale = {"scale": (images, hidden), "scale_bias": (hidden,)}
             yield product(channels, hidden, Kind.SCALED, _product, {**shapes, **image_scale})
         shapes = {"grad": tokens, **layer2}

@@ -16,6 +16,7 @@ from convnext_kernels.ops.common.matmul_configs import (
     few_programs,
     long_matmul_config,
     matmul_config,
+    scales_operands,
     split_count,
 )
 from convnext_kernels.variants import VARIANTS
@@ -83,6 +84,35 @@ def test_where_images_are_scaled_a_tile_has_two_at_most(kind, bits, architecture
         assert len(tiles) > 3 and max(tile.block_m for tile in tiles) <= MINIMUM_TOKENS
 
 
+def with_grn(channels):
+    """Images of 143 tokens."""
+    shapes = {"input": (3, channels, 13, 11), "weight1": (4 * channels, channels), "weight2": (channels, 4 * channels)}
+    shapes |= {"bias1": (4 * channels,), "grn_weight": (4 * channels,), "grn_bias": (4 * channels,)}
+    return parity.Case("mlp", "GRN", {**shapes, "drop_path_factor": (3,)})
+
+
+@pytest.mark.parametrize(
+    ("triton", "architecture", "scales"),
+    [((3, 8), 90, False), ((3, 9), 90, True), ((3, 10), 90, True), ((3, 8), 80, True), ((3, 8), 100, True)],
+)
+def test_assemblers_that_reuse_registers_too_early_are_given_no_scaled_operand(
+    on_gpu, monkeypatch, triton, architecture, scales
+):
+    monkeypatch.setattr(matmul_configs, "release", {"triton": triton}.get)
+    assert scales_operands(MINIMUM_TOKENS, architecture) == scales
+    assert not scales_operands(MINIMUM_TOKENS - 1, architecture)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_an_operand_that_is_not_scaled_as_it_is_read_is_scaled_before(monkeypatch, scales):
+    kernel = pytest.importorskip("convnext_kernels.ops.mlp.triton_kernel")
+    passes, forward = [], kernel.response_norm.forward
+    monkeypatch.setattr(kernel, "scales_operands", lambda tokens, architecture: scales)
+    monkeypatch.setattr(kernel.response_norm, "forward", lambda *tensors: passes.append(1) or forward(*tensors))
+    assert_parity(with_grn(16), torch.float16, device_of("triton"), "triton")
+    assert bool(passes) != scales
+
+
 def test_partial_sums_do_not_grow_with_the_tile():
     """At most 512 results of 128x128 are added up for a weight, unless it has more tiles itself."""
     for rows, columns in ((3072, 768), (1536, 384), (768, 192), (384, 96)):
@@ -135,8 +165,5 @@ def test_the_largest_tiles_give_the_same(tiles):
 @pytest.mark.parametrize(("channels", "tile"), [(96, "WIDE_SHALLOW"), (192, "BROAD_SHALLOW")])
 def test_the_largest_tiles_that_scale_give_the_same(tiles, channels, tile):
     tiles(90, few=False)
-    shapes = {"input": (3, channels, 13, 11), "weight1": (4 * channels, channels), "weight2": (channels, 4 * channels)}
-    shapes |= {"bias1": (4 * channels,), "grn_weight": (4 * channels,), "grn_bias": (4 * channels,)}
-    case = parity.Case("mlp", "GRN", {**shapes, "drop_path_factor": (3,)})
     assert matmul_config(channels, 4 * channels, 16, Kind.SCALED, 0, 90) == getattr(matmul_configs, tile)
-    assert_parity(case, torch.float16, device_of("triton"), "triton")
+    assert_parity(with_grn(channels), torch.float16, device_of("triton"), "triton")

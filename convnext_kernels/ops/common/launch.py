@@ -43,6 +43,11 @@ def float32_precision() -> str:
     return "tf32" if allowed else "ieee"
 
 
+def product_precision() -> str:
+    """What kernels are told of it; Triton's interpreter, which has no TF32, multiplies in float32."""
+    return "ieee" if interpreting() else float32_precision()
+
+
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple

@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import torch
 
-from convnext_kernels.backends import interpreting
+from convnext_kernels.backends import interpreting, release
 from convnext_kernels.ops.common.launch import float32_precision
 from convnext_kernels.ops.common.tuning import Tunable
 
@@ -143,6 +143,16 @@ TF32_BITS = 19
 
 MINIMUM_TOKENS = 128
 """Of an image that a product scales: no tile has more rows there, so that it has parts of two images at most."""
+
+
+def scales_operands(tokens_per_image: int, architecture: int) -> bool:
+    """Whether a product scales images of so many tokens as it reads them; else that takes a pass of its own.
+
+    On sm_90 a scaled operand is multiplied from registers, which the assembler of Triton before 3.9 gives to the next
+    ones too early: loads into them come before the wait for the instruction that reads them.
+    """
+    too_early = architecture // 10 == 9 and not interpreting() and release("triton") < (3, 9)
+    return tokens_per_image >= MINIMUM_TOKENS and not too_early
 
 
 def operand_bits(dtype: torch.dtype) -> int:

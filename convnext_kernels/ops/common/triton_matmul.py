@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import architecture, float32_precision, launch, round_up
+from convnext_kernels.ops.common.launch import architecture, launch, product_precision, round_up
 from convnext_kernels.ops.common.matmul_configs import (
     LONG_MATMUL,
     MATMUL,
@@ -22,7 +22,7 @@ from convnext_kernels.ops.common.matmul_configs import (
 )
 from convnext_kernels.ops.common.triton_drop_path import DropPath
 from convnext_kernels.ops.common.triton_images import ImageScale, images_of_tile, scale_images
-from convnext_kernels.ops.common.triton_math import gelu, gelu_derivative, gelu_form
+from convnext_kernels.ops.common.triton_math import dot, gelu, gelu_derivative, gelu_form
 
 
 class Matrix(NamedTuple):
@@ -239,12 +239,12 @@ def matmul_kernel(
                 row_sums += tl.sum(a * factor[None, :] if WEIGHTED else a, axis=1)[:, None]
             else:
                 row_sums = tl.dot(a, _two_parts(factor, ones.dtype, SUMS) if WEIGHTED else ones, row_sums)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+        accumulator = dot(a, b, accumulator, PRECISION)
         if second_a_ptr is not None:
             b_offsets = k.to(tl.int64)[:, None] * stride_second_bk + n.to(tl.int64)[None, :] * stride_second_bn
             a = tl.load(second_a_ptr + a_offsets, mask=a_mask[:, None] & k_mask[None, :], other=0.0)
             b = tl.load(second_b_ptr + b_offsets, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
-            second = tl.dot(a, b, second, input_precision=PRECISION)
+            second = dot(a, b, second, PRECISION)
 
     mask, kept_mask = m_mask[:, None] & n_mask[None, :], a_mask[:, None] & n_mask[None, :]
     out_mask = mask if WRITE_DROPPED else kept_mask
@@ -359,7 +359,7 @@ def _launch(
         ROWS_ALIGNED=a.row_stride == 1 and rows % 16 == 0,
         ORDERED=ordered,
         WRITE_DROPPED=epilogue.write_dropped,
-        PRECISION=float32_precision(),
+        PRECISION=product_precision(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,

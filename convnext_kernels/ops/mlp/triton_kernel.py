@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from convnext_kernels.ops.common.launch import architecture, float32_precision, launch
+from convnext_kernels.ops.common.launch import architecture, launch
 from convnext_kernels.ops.common.layouts import (
     channels,
     empty_statistic,
@@ -23,7 +23,7 @@ from convnext_kernels.ops.common.layouts import (
     to_channels_last,
     tokens_per_image,
 )
-from convnext_kernels.ops.common.matmul_configs import MINIMUM_TOKENS
+from convnext_kernels.ops.common.matmul_configs import scales_operands
 from convnext_kernels.ops.common.triton_drop_path import drop_path
 from convnext_kernels.ops.common.triton_images import ImageScale
 from convnext_kernels.ops.common.triton_math import gelu, gelu_form
@@ -98,7 +98,6 @@ def fused_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -142,19 +141,19 @@ def fused_kernel(
         h_mask = tl.full((BLOCK_H,), True, tl.int1) if HIDDEN % BLOCK_H == 0 else h < HIDDEN
         line = h[None, :] * CHANNELS
         weight = tl.load(weight1_ptr + line + low[:, None], mask=h_mask[None, :], other=0.0)
-        activation = tl.dot(input_low, weight, input_precision=PRECISION)
+        activation = tl.dot(input_low, weight)
         if HIGH > 0:
             weight = tl.load(weight1_ptr + line + high[:, None], mask=h_mask[None, :], other=0.0)
-            activation = tl.dot(input_high, weight, activation, input_precision=PRECISION)
+            activation = tl.dot(input_high, weight, activation)
         if bias1_ptr is not None:
             activation += tl.load(bias1_ptr + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
         # Behind the last hidden channel weights are 0: whatever the activation is there, it adds nothing.
         activated = gelu(activation, ACTIVATION).to(input_ptr.dtype.element_ty)
         weight = tl.load(weight2_ptr + low[None, :] * HIDDEN + h[:, None], mask=h_mask[:, None], other=0.0)
-        sum_low = tl.dot(activated, weight, sum_low, input_precision=PRECISION)
+        sum_low = tl.dot(activated, weight, sum_low)
         if HIGH > 0:
             weight = tl.load(weight2_ptr + high[None, :] * HIDDEN + h[:, None], mask=h_mask[:, None], other=0.0)
-            sum_high = tl.dot(activated, weight, sum_high, input_precision=PRECISION)
+            sum_high = tl.dot(activated, weight, sum_high)
     factor = None
     if order_ptr is not None:
         # Volatile, that is again: kept over the loop 128 channels spill on sm_80.
@@ -221,7 +220,6 @@ def _fused_forward(
         LOW=config.low,
         HIGH=config.high,
         ACTIVATION=gelu_form(activation, rows.dtype),
-        PRECISION=float32_precision(),
         BLOCK_T=config.tokens,
         BLOCK_H=config.hidden,
         warps=config.warps,
@@ -314,7 +312,7 @@ def forward(
     image_scale = None
     if grn_weight is not None and grn_bias is not None:
         images = hidden.flatten(1, -2)
-        if per_image >= MINIMUM_TOKENS:
+        if scales_operands(per_image, architecture(input.device)):
             scales, _ = response_norm.scales_and_norms(images, grn_weight, grn_eps)
             image_scale = ImageScale(scales, grn_bias)
         else:
