@@ -14,10 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,8 @@ class Kernel:
     spills_in_loops: int
     shared: int
     matrix_instructions: int
+    serialized: tuple[str, ...]
+    """Why wgmma wait for one another that might overlap: codes of the assembler, C7510 and so on."""
 
 
 def failures(kernel: Kernel, may_spill: bool = False) -> list[str]:
@@ -113,7 +117,29 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", output)}
 
 
-def _describe(function: JITFunction, compiled: Any, case: Case, precision: str, architecture: int) -> Kernel:
+@contextmanager
+def _logged() -> Iterator[dict[str, str]]:
+    """Yields what the assembler prints of each kernel that Triton compiles in the context, by the kernel's hash."""
+    logs: dict[str, str] = {}
+    run = JITFunction.run
+
+    def logging(*args: Any, **kwargs: Any) -> Any:
+        with redirect_stdout(StringIO()) as log:
+            kernel = run(*args, **kwargs)
+        logs.setdefault(kernel.hash, log.getvalue())
+        return kernel
+
+    with knobs.nvidia.scope(), patch.object(JITFunction, "run", logging):
+        knobs.nvidia.dump_ptxas_log = True
+        yield logs
+
+
+def serialized(log: str) -> tuple[str, ...]:
+    """The codes of the assembler's warnings that a kernel's wgmma wait for one another."""
+    return tuple(sorted(set(re.findall(r"\((C\d+)\)[^\n]*wgmma\.mma_async instructions are serialized", log))))
+
+
+def _describe(function: JITFunction, compiled: Any, log: str, case: Case, precision: str, architecture: int) -> Kernel:
     cubin = compiled.asm["cubin"]
     resources = _resources(cubin)
     spills_in_loops = 0
@@ -135,6 +161,7 @@ def _describe(function: JITFunction, compiled: Any, case: Case, precision: str, 
         # The assembler's number and Triton's count the static and the dynamic part.
         shared=resources["SHARED"] + compiled.metadata.shared,
         matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
+        serialized=serialized(log),
     )
 
 
@@ -291,7 +318,7 @@ def compile_all(architecture: int, precision: str, operators: Iterable[str], qui
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision(float32_precision)
     kernels = []
-    with compiling(architecture) as compiled:
+    with _logged() as logs, compiling(architecture) as compiled:
         for case in (case for operator in operators for case in cases(operator, quick)):
             known = set(compiled)
             for few in (False, True) if case.operator in PRODUCTS else (False,):
@@ -300,7 +327,7 @@ def compile_all(architecture: int, precision: str, operators: Iterable[str], qui
                     if not quick and dtype != torch.float32 and case.name in AUTOCAST:
                         _call(case, dtype, quick, autocast=True)
             for function, kernel, seconds in [compiled[key] for key in compiled if key not in known]:
-                kernels.append((_describe(function, kernel, case, precision, architecture), seconds))
+                kernels.append((_describe(function, kernel, logs[kernel.hash], case, precision, architecture), seconds))
     return kernels
 
 
@@ -318,7 +345,7 @@ def compile_candidates(architecture: int, precision: str) -> list[tuple[Kernel, 
     torch.set_num_threads(1)
     kernels = []
     # A key with few tokens has no candidate that the one with many has not.
-    with compiling(architecture) as compiled, _programs(few=False):
+    with _logged() as logs, compiling(architecture) as compiled, _programs(few=False):
         for workload in _candidate_workloads(architecture, precision):
             tensors = workload.draw(torch.device("cpu"), seed=0)
             for config in workload.tunable.candidates(workload.key):
@@ -326,7 +353,9 @@ def compile_candidates(architecture: int, precision: str) -> list[tuple[Kernel, 
                 with trying(workload.tunable, config):
                     workload.run(tensors)
                 for function, kernel, seconds in [compiled[key] for key in compiled if key not in known]:
-                    kernels.append((_describe(function, kernel, case, precision, architecture), seconds))
+                    kernels.append(
+                        (_describe(function, kernel, logs[kernel.hash], case, precision, architecture), seconds)
+                    )
     return kernels
 
 
@@ -352,6 +381,12 @@ def compile_in_parallel(jobs: Sequence[tuple[Any, ...]], processes: int) -> list
     return [kernel for future in futures for kernel in future.result()]
 
 
+def _count_serialized(kernels: Iterable[Kernel]) -> str:
+    """How many kernels have which codes, such as 2 C7515."""
+    counts = Counter(code for kernel in kernels for code in kernel.serialized)
+    return ", ".join(f"{count} {code}" for code, count in sorted(counts.items()))
+
+
 def _table(kernels: list[tuple[Kernel, float]], every: bool) -> Table:
     """The kernels, or the worst of all that share name, dtype and architecture."""
     groups: dict[tuple[Any, ...], list[tuple[Kernel, float]]] = {}
@@ -361,7 +396,7 @@ def _table(kernels: list[tuple[Kernel, float]], every: bool) -> Table:
     table = Table(title="Triton kernels compiled ahead of time" + ("" if every else ", the worst of each group"))
     table.add_column("kernel", no_wrap=True)
     table.add_column("call" if every else "most registers in")
-    for column in ("dtype", "sm", "kernels", "registers", "spills", "shared", "mma", "seconds"):
+    for column in ("dtype", "sm", "kernels", "registers", "spills", "shared", "mma", "serialized", "seconds"):
         table.add_column(column, justify="right")
     for (name, dtype, architecture, *_), members in groups.items():
         group = [kernel for kernel, _ in members]
@@ -376,6 +411,7 @@ def _table(kernels: list[tuple[Kernel, float]], every: bool) -> Table:
             str(max(kernel.stack + kernel.local for kernel in group)),
             str(max(kernel.shared for kernel in group)),
             str(min(kernel.matrix_instructions for kernel in group)),
+            _count_serialized(group),
             f"{max(seconds for _, seconds in members):.1f}",
         )
     return table
@@ -397,6 +433,8 @@ def report(kernels: list[tuple[Kernel, float]], every: bool, may_spill: bool = F
         out.print(
             "float32 in full precision has no matrix instruction; tf32 is what PyTorch's setting may allow instead."
         )
+    if waiting := _count_serialized(kernel for kernel, _ in kernels):
+        out.print(f"wgmma wait for one another, for the assembler's reason, in: {waiting}")
     out.print(f"{len(kernels)} kernels compiled, {failed} failures")
     return 1 if failed or not kernels else 0
 

@@ -13,7 +13,7 @@ from torch.torch_version import TorchVersion
 
 pytest.importorskip("triton")
 from benchmarks import ahead_of_time
-from benchmarks.ahead_of_time import PRODUCT_KERNELS, Kernel, failures, main, report
+from benchmarks.ahead_of_time import PRODUCT_KERNELS, Kernel, failures, main, report, serialized
 from convnext_kernels.ops.common.tuning import tunables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +36,7 @@ GOOD = Kernel(
     spills_in_loops=0,
     shared=65536,
     matrix_instructions=64,
+    serialized=(),
 )
 
 
@@ -109,6 +110,23 @@ def test_good_kernels_pass_the_report(capsys):
     good = GOOD, float32, convolution, wide, behind_the_loop
     assert report([(kernel, 1.0) for kernel in good], every=True) == 0
     assert "float32 in full precision has no matrix instruction" in capsys.readouterr().out
+
+
+def test_serialized_products_are_found_in_the_assemblers_log():
+    kept = "ptxas info    : (C7517) wgmma.wait_group is injected in around line 97 by compiler in function 'f'\n"
+    lost = "ptxas info    : (%s) Potential Performance Loss: wgmma.mma_async instructions are serialized due to %s\n"
+    registers, accumulators = lost % ("C7515", "non wgmma instructions"), lost % ("C7511", "registers in line 2\n7")
+    assert serialized(kept + registers + accumulators + registers) == ("C7511", "C7515")
+    assert serialized(kept + "ptxas info    : Used 128 registers, used 1 barriers\n") == ()
+
+
+def test_serialized_products_are_counted_and_no_failure(capsys):
+    slow = replace(GOOD, architecture=90, serialized=("C7511", "C7515"))
+    slower = replace(slow, kernel=PRODUCT_KERNELS[1], serialized=("C7515",))
+    assert report([(kernel, 1.0) for kernel in (GOOD, slow, slower)], every=True) == 0
+    assert "in: 1 C7511, 2 C7515" in capsys.readouterr().out
+    assert report([(GOOD, 1.0)], every=True) == 0
+    assert "C75" not in capsys.readouterr().out
 
 
 def test_nothing_compiled_is_a_failure():
