@@ -221,7 +221,13 @@ def matmul_kernel(
     WEIGHTED: tl.constexpr = ORDERED == "inner" and factor_ptr is not None
     row_sums = tl.zeros((BLOCK_M, SUMS), dtype=tl.float32)
     ones = tl.full((BLOCK_K, SUMS), 1.0, dtype=a_ptr.dtype.element_ty)
-    for offset in range(start, end, BLOCK_K):
+    stop = end
+    if ORDERED == "inner" or image_scale_ptr is not None:
+        # One step at least, if an empty one, and the compiler knows: after a loop that may be skipped the sums come in
+        # two ways, and on sm_90 products that weigh or scale an operand then wait for one another in it.
+        stop = max(end, start + 1)
+        tl.assume(start < stop)
+    for offset in range(start, stop, BLOCK_K):
         k = offset + tl.arange(0, BLOCK_K)
         k_mask = k < end
         if ORDERED == "inner":
