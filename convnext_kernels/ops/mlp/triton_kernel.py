@@ -115,7 +115,8 @@ def fused_kernel(
     if order_ptr is not None:
         count = tl.load(kept_ptr)
         kept = (t < count)[:, None]
-        end = tl.where(tl.program_id(0) * BLOCK_T < count, HIDDEN, 0)
+        # One step at least: after a loop that may be skipped sm_90's products wait for one another in it.
+        end = tl.where(tl.program_id(0) * BLOCK_T < count, HIDDEN, BLOCK_H)
         tile, row = 0, tl.load(order_ptr + t, mask=t_mask, other=0).to(tl.int64)
     offsets = row[:, None] * CHANNELS + low[None, :]
     input_low = tl.load(input_ptr + tile + offsets, mask=kept, other=0.0)
