@@ -141,11 +141,13 @@ def fused_kernel(
         h = start + tl.arange(0, BLOCK_H)
         h_mask = tl.full((BLOCK_H,), True, tl.int1) if HIDDEN % BLOCK_H == 0 else h < HIDDEN
         line = h[None, :] * CHANNELS
-        weight = tl.load(weight1_ptr + line + low[:, None], mask=h_mask[None, :], other=0.0)
-        activation = tl.dot(input_low, weight)
+        activation = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
+        # The fewer channels first: on sm_90 the last step's product is still reading its operand from registers too.
         if HIGH > 0:
             weight = tl.load(weight1_ptr + line + high[:, None], mask=h_mask[None, :], other=0.0)
             activation = tl.dot(input_high, weight, activation)
+        weight = tl.load(weight1_ptr + line + low[:, None], mask=h_mask[None, :], other=0.0)
+        activation = tl.dot(input_low, weight, activation)
         if bias1_ptr is not None:
             activation += tl.load(bias1_ptr + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
         # Behind the last hidden channel weights are 0: whatever the activation is there, it adds nothing.
