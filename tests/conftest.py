@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     interpreter.quicken()
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("support", "contract", "legible")
+pytest.register_assert_rewrite("support", "contract", "legible", "small")
 
 if EMULATED:
     emulated.install()

@@ -4,52 +4,23 @@ import copy
 import io
 import pickle
 import warnings
-from types import MethodType
 
 import pytest
 import torch
 import torch.distributed as dist
-from small import BLOCKS, NORMS, build, build_pair, gradients, images
-from support import OperatorCalls
+from small import BLOCK, BLOCKS, NORMS, TOLERANCE, assert_ours, build, difference, gradients, images, operators
 from timm.layers import DropPath
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parametrizations, prune
 
 from convnext_kernels import accelerate, fold_, restore
-from convnext_kernels.accelerate import blocks
-
-TOLERANCE = 1e-5
-BLOCK, NORM = "convnext_kernels.convnext_block", "convnext_kernels.layer_norm"
-
-
-def difference(got, expected):
-    return ((got - expected).norm() / expected.norm()).item()
 
 
 def assert_close(got, expected):
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert difference(got[name], value) <= TOLERANCE, name
-
-
-def operators(model, *args):
-    """How often our operators ran in a call of a model."""
-    with OperatorCalls() as ran, torch.no_grad():
-        model(*args)
-    names = [function._schema.name.replace("::", ".") for function, _ in ran.calls]
-    return {name: names.count(name) for name in set(names)}
-
-
-def assert_ours(model, *args):
-    """All blocks and norms run our operators."""
-    assert operators(model, *(args or (images(),))) == {BLOCK: len(BLOCKS), NORM: len(NORMS)}
-
-
-@pytest.fixture
-def pair():
-    return build_pair()
 
 
 @pytest.fixture
@@ -380,94 +351,3 @@ class TestLayout:
 def official_forward(self, x):
     branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
     return x + self.pwconv2(self.act(self.pwconv1(branch))).permute(0, 3, 1, 2)
-
-
-class TestChangesAfterwards:
-    """What is put into an accelerated block and only its host's forward would obey."""
-
-    CHANGES = (
-        ("hook", lambda block: block.norm.register_forward_hook(lambda m, a, out: 2 * out), "hooks sit on its `norm`"),
-        (
-            "container",
-            lambda block: block.mlp.register_forward_pre_hook(lambda m, a: (2 * a[0],)),
-            "hooks sit on its `mlp`",
-        ),
-        (
-            "linear",
-            lambda block: setattr(block.mlp, "fc1", Doubled(block.mlp.fc1)),
-            "`mlp.fc1` is a Doubled and was a Conv2d",
-        ),
-        ("none", lambda block: setattr(block, "norm", nn.Identity()), "`norm` is a Identity"),
-        ("norm", lambda block: parametrizations.weight_norm(block.mlp.fc2), "`mlp.fc2` is a ParametrizedConv2d"),
-        ("prune", lambda block: prune.l1_unstructured(block.mlp.fc1, "weight", 0.5), "hooks sit on its `mlp.fc1`"),
-        (
-            "forward",
-            lambda block: setattr(block.norm, "forward", torch.sin),
-            "the forward of its `norm` has been replaced",
-        ),
-        (
-            "method",
-            lambda block: setattr(block.mlp.act, "forward", MethodType(nn.ReLU.forward, nn.ReLU())),
-            "the forward of its `mlp.act` has been replaced",
-        ),
-        (
-            "another's",
-            lambda block: setattr(block.norm, "forward", type(block.norm)(24).forward),
-            "the forward of its `norm` has been replaced",
-        ),
-        ("dropout", lambda block: setattr(block.mlp, "drop1", nn.Sequential()), "`mlp.drop1` is a Sequential"),
-    )
-
-    @pytest.mark.parametrize(("change", "reason"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
-    def test_the_hosts_forward_runs_with_a_warning(self, pair, change, reason):
-        blocks._warn_host_forward.cache_clear()
-        host, ours = pair
-        for model in pair:
-            change(model.stages[2].blocks[0])
-        expected = host(images())
-        assert difference(expected, build()(images())) > 1e-3 or "drop1" in reason or "fc2" in reason
-        with pytest.warns(UserWarning, match="an accelerated ConvNeXtBlock runs its host's forward: .*" + reason):
-            assert difference(ours(images()), expected) <= TOLERANCE
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert operators(ours, images())[BLOCK] == len(BLOCKS) - 1
-
-    def test_the_forward_of_its_own_class_changes_nothing(self, pair):
-        """`kernelize` sets it on modules that it knows by name and has no layer for."""
-        for act in (pair[1].get_submodule(name).mlp.act for name in BLOCKS):
-            act.forward = MethodType(type(act).forward, act)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert operators(pair[1], images())[BLOCK] == len(BLOCKS)
-
-    def test_ours_comes_back_when_the_hook_goes(self, pair):
-        handle = pair[1].stages[2].blocks[0].norm.register_forward_hook(lambda module, args, output: None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert operators(pair[1], images())[BLOCK] == len(BLOCKS) - 1
-        handle.remove()
-        assert_ours(pair[1])
-
-    def test_hooks_on_the_block_itself_are_no_obstacle(self, pair):
-        seen = []
-        pair[1].stages[2].blocks[0].register_forward_hook(lambda module, args, output: seen.append(output.shape))
-        assert_ours(pair[1])
-        assert seen == [(2, 24, 2, 2)]
-
-    def test_quantisation_of_other_layers(self, pair):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            quantised = torch.ao.quantization.quantize_dynamic(
-                pair[1], {"head.fc": torch.ao.quantization.default_dynamic_qconfig}
-            )
-        assert not isinstance(quantised.head.fc, nn.Linear)
-        assert_ours(quantised)
-
-
-class Doubled(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.weight, self.bias = inner, inner.weight, inner.bias
-
-    def forward(self, input):
-        return 2 * self.inner(input)
