@@ -38,7 +38,7 @@ def fits(module: nn.Module) -> bool:
 
 
 def _wiring(module: nn.Module) -> Any:
-    wiring = getattr(module, _WIRING, None)
+    wiring = module.__dict__.get(_WIRING)  # a wrapper would pass on the attribute of the block in it
     if wiring is None:
         wiring = module.__dict__[_WIRING] = _examine(module)
     return wiring

@@ -209,6 +209,12 @@ def test_a_hidden_change_of_the_block_s_arithmetic_is_seen(kernelized, layers):
     assert layers.fits(model.stages[1].blocks[0]) and not layers.fits(model.stages[0].blocks[0])
 
 
+def test_a_wrapper_is_no_block_though_it_has_its_attributes(layers):
+    block = timm_model()[0].stages[0].blocks[0]
+    compiled = torch.compile(block)
+    assert [layers.fits(module) for module in (compiled, block, compiled)] == [False, True, False]
+
+
 def test_every_module_of_the_repository_imports_alone(repository):
     """Without the package it was made from, and with nothing but PyTorch and Triton."""
     forbidden = ("convnext_kernels", "safetensors", "rich", "timm", "torchvision", "transformers")

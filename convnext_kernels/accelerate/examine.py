@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -29,15 +30,27 @@ def _agrees(module: nn.Module, adapter: BlockAdapter) -> bool:
     names = {base.__name__ for base in type(module).__mro__}
     if adapter.class_name is not None and adapter.class_name not in names:
         return False
-    required = (adapter.conv, adapter.norm, adapter.linear1, adapter.activation, adapter.linear2)
-    return all(_attribute(module, path) is not None for path in required)
+    required = (adapter.conv, adapter.norm, adapter.linear1, adapter.linear2)
+    found = all(_part(module, path) is not None for path in required)
+    return found and _attribute(module, adapter.activation) is not None
 
 
-def _attribute(module: Any, path: str) -> Any:
-    """What lies at a path of attributes; None: nothing."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
+def _part(module: nn.Module, path: str) -> Any:
+    """The module at a path of children; None: there is none.
+
+    Attributes will not do: a wrapper passes on those of the block in it, which is found by itself, and some raise.
+    """
+    return reduce(_child, path.split("."), module)
+
+
+def _child(module: Any, name: str) -> Any:
+    return module._modules[name] if module is not None and name in module._modules else None
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    """A child or attribute of a module or, at a path, of one below it; None: nothing."""
+    parent, _, name = path.rpartition(".")
+    return getattr(_part(module, parent) if parent else module, name, None)
 
 
 def outside_reason(module: nn.Module) -> str | None:
@@ -48,7 +61,7 @@ def outside_reason(module: nn.Module) -> str | None:
 def examine_block(block: nn.Module, adapter: BlockAdapter) -> Wiring | str:
     """How to run a host's block, or the reason why ours cannot take its place."""
     roles = (getattr(adapter, role) for role in Parts._fields)
-    paths = tuple(tuple(path.split(".")) if path and _attribute(block, path) is not None else None for path in roles)
+    paths = tuple(tuple(path.split(".")) if path and _part(block, path) is not None else None for path in roles)
     activation = activation_name(_attribute(block, adapter.activation))
     wiring = Wiring(adapter, paths, structure_of(block), activation or "unknown")
     return next(_reasons(block, wiring), wiring)
@@ -56,6 +69,8 @@ def examine_block(block: nn.Module, adapter: BlockAdapter) -> Wiring | str:
 
 def _reasons(block: nn.Module, wiring: Wiring) -> Iterator[str]:
     adapter, parts = wiring.adapter, wiring.parts(block)
+    if isinstance(block, torch.jit.ScriptModule):
+        yield "TorchScript has compiled it; accelerate a model before"
     for name, parameter in block.named_parameters():
         if type(parameter) not in (nn.Parameter, Tensor):
             yield f"its `{name}` is a {type(parameter).__name__}; accelerate a model before it is sharded or quantised"
@@ -73,6 +88,9 @@ def _reasons(block: nn.Module, wiring: Wiring) -> Iterator[str]:
         yield f"its `{adapter.activation}` is a {kind}; accepted: GELU, exact or by tanh"
     if parts.drop_path is not None and not _is_drop_path(parts.drop_path):
         yield f"its `{adapter.drop_path}` is a {type(parts.drop_path).__name__}; accepted: stochastic depth by sample"
+    for path, part in ((adapter.grn, parts.grn), (adapter.drop_path, parts.drop_path)):
+        if path is not None and part is None and (other := _attribute(block, path)) is not None:
+            yield f"its `{path}` is a {type(other).__name__}; accepted: a module or none"
     yield from _surplus(block, wiring)
 
 

@@ -5,12 +5,13 @@ import warnings
 
 import pytest
 import torch
-from small import BLOCKS, NORMS, build
+from small import BLOCKS, NORMS, TOLERANCE, assert_ours, build, difference, images
 from timm.layers import RmsNorm
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, weight_norm
 
-from convnext_kernels import accelerate
+from convnext_kernels import accelerate, restore
 
 CHANGED = "stages.2.blocks.0"
 
@@ -43,6 +44,11 @@ def subclass_of_tensor(block):
     block.gamma = nn.Parameter(block.gamma.data.as_subclass(Subclass))
 
 
+def drop_rate_alone(block):
+    del block.drop_path
+    block.drop_path = 0.1
+
+
 REFUSED = {
     "stride": (put("conv_dw", conv(stride=2)), "its `conv_dw` has stride (2, 2)"),
     "groups": (put("conv_dw", conv(groups=12)), "its `conv_dw` is not depthwise: 24 to 24 channels in 12 groups"),
@@ -66,6 +72,7 @@ REFUSED = {
     "prelu": (put("mlp.act", nn.PReLU(96)), "its `mlp.act` is a PReLU; accepted: GELU"),
     "dropout": (put("mlp.drop1", nn.Dropout(0.1)), "it has `mlp.drop1`, a Dropout, which"),
     "drop block": (put("drop_path", nn.Dropout2d(0.1)), "its `drop_path` is a Dropout2d; accepted: stochastic depth"),
+    "drop rate": (drop_rate_alone, "its `drop_path` is a float; accepted: a module or none"),
     "shortcut": (put("shortcut", nn.AvgPool2d(1)), "it has `shortcut`, a AvgPool2d, which ConvNeXt's block has not"),
     "module": (lambda block: block.add_module("se", nn.Conv2d(24, 24, 1)), "it has `se`, a Conv2d, which"),
     "parameter": (put("alpha", nn.Parameter(torch.ones(1))), "it has `alpha`, which ConvNeXt's block has not"),
@@ -179,6 +186,62 @@ def test_activations_are_known_by_their_values(activation):
     ours = copy.deepcopy(host)
     assert not accelerate(ours).skipped
     assert {ours.get_submodule(name).wiring.activation for name in BLOCKS} == {activation}
+
+
+class Adapter(nn.Module):
+    """Passes on what is asked of it to the module in it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+WRAPPERS = {
+    "adapter": Adapter,
+    "compiled": lambda block: torch.compile(block, backend="aot_eager"),
+    "checkpointed": checkpoint_wrapper,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_block_in_a_wrapper_that_passes_on_its_attributes(wrap):
+    host = build()
+    stage = host.stages[2]
+    stage.blocks = nn.Sequential(*map(wrap, stage.blocks))
+    expected = host(images())
+    report = accelerate(host)
+    assert not report.skipped and len(report.converted) == len(BLOCKS) + len(NORMS)
+    assert_ours(host)
+    assert difference(host(images()), expected) <= TOLERANCE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert accelerate(host).converted == ()
+    assert set(restore(host)) == set(report.converted)
+
+
+def test_a_module_whose_properties_raise_is_passed_over():
+    class NotBuilt(nn.Module):
+        @property
+        def conv_dw(self):
+            raise RuntimeError("not built yet")
+
+    assert set(BLOCKS) == {name[2:] for name in accelerate(nn.Sequential(build(), NotBuilt())).converted} - set(NORMS)
+
+
+@pytest.mark.parametrize("compiler", [torch.jit.script, lambda model: torch.jit.trace(model, images())])
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated", "ignore:accelerate changed nothing")
+def test_what_torchscript_compiled_is_left(compiler):
+    reasons = accelerate(compiler(build())).skipped
+    assert reasons == dict.fromkeys(BLOCKS, "TorchScript has compiled it; accelerate a model before")
 
 
 def test_trying_leaves_no_trace():
