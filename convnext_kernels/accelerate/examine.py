@@ -121,7 +121,8 @@ def _linear_reasons(name: str, linear: nn.Module) -> Iterator[str]:
 
 def activation_name(activation: Any) -> str | None:
     """Which GELU an activation is, by its values; None: another function."""
-    x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
+    # Dense near zero, and as far as float16 goes: some activations are GELU but for a bound, such as 10.
+    x = torch.linspace(-12, 12, 961, dtype=torch.float64, device="cpu").sinh()
     try:
         with torch.no_grad():
             got = activation(x.clone())

@@ -6,10 +6,11 @@ import warnings
 import pytest
 import torch
 from small import BLOCKS, NORMS, TOLERANCE, assert_ours, build, difference, images
-from timm.layers import RmsNorm
+from timm.layers import GELUTanh, RmsNorm
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, weight_norm
+from transformers.activations import ACT2FN, ClippedGELUActivation, QuickGELUActivation
 
 from convnext_kernels import accelerate, restore
 
@@ -69,6 +70,8 @@ REFUSED = {
     "group norm": (put("norm", nn.GroupNorm(4, 24)), "its branch differs from ours by"),
     "silu": (put("mlp.act", nn.SiLU()), "its `mlp.act` is a SiLU; accepted: GELU"),
     "relu": (put("mlp.act", nn.ReLU(inplace=True)), "its `mlp.act` is a ReLU; accepted: GELU"),
+    "clipped": (put("mlp.act", ClippedGELUActivation(-10, 10)), "its `mlp.act` is a ClippedGELUActivation; accepted"),
+    "quick": (put("mlp.act", QuickGELUActivation()), "its `mlp.act` is a QuickGELUActivation; accepted: GELU"),
     "prelu": (put("mlp.act", nn.PReLU(96)), "its `mlp.act` is a PReLU; accepted: GELU"),
     "dropout": (put("mlp.drop1", nn.Dropout(0.1)), "it has `mlp.drop1`, a Dropout, which"),
     "drop block": (put("drop_path", nn.Dropout2d(0.1)), "its `drop_path` is a Dropout2d; accepted: stochastic depth"),
@@ -178,14 +181,18 @@ def test_another_block_of_the_family_is_named():
     assert list(report.skipped) == ["0"]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+EXACT = (nn.GELU(), ACT2FN["gelu"], ACT2FN["gelu_python"])
+BY_TANH = (nn.GELU("tanh"), GELUTanh(), *(ACT2FN[f"gelu_{kind}"] for kind in ("new", "fast", "pytorch_tanh")))
+
+
+@pytest.mark.parametrize("activation", [*EXACT, *BY_TANH], ids=str)
 def test_activations_are_known_by_their_values(activation):
-    host = build()
+    model = build()
     for name in BLOCKS:
-        host.get_submodule(name).mlp.act = nn.GELU(approximate="tanh") if activation == "gelu_tanh" else nn.GELU()
-    ours = copy.deepcopy(host)
-    assert not accelerate(ours).skipped
-    assert {ours.get_submodule(name).wiring.activation for name in BLOCKS} == {activation}
+        model.get_submodule(name).mlp.act = activation
+    assert not accelerate(model).skipped
+    expected = "gelu" if activation in EXACT else "gelu_tanh"
+    assert {model.get_submodule(name).wiring.activation for name in BLOCKS} == {expected}
 
 
 class Adapter(nn.Module):
