@@ -89,8 +89,8 @@ class ConvNextLayer(nn.Module):
     """For the block of transformers' ConvNeXT: `functional.convnext_block` with the parameters it has.
 
     Raises:
-        RuntimeError: at the first call, if the block computes something else, and at any call while hooks or other
-            modules lie in it; with the reason.
+        RuntimeError: at the first call, if the block computes something else, and at any call while hooks, other
+            modules or other attributes lie in it; with the reason.
     """
 
     has_backward = True

@@ -27,9 +27,10 @@ def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
     A swapped module keeps its place, class (for isinstance), name, parameters, their names and hooks on itself; only
     its forward is ours. Copies, pickles, `.to()`, checkpointing, DDP, FSDP2, torch.compile, torch.export,
     torch.fx.symbolic_trace and torch.jit.trace work; torch.jit.script restores what it compiles, with a warning. Drop
-    path is drawn by the host's own module, so that a seed gives the same masks. While hooks, parametrisations or other
-    modules lie in a block, its host's forward runs, with a warning. Under autocast, blocks that follow each other hand
-    on 16-bit tensors; the last of a row returns float32, as the host's do.
+    path is drawn by the host's own module, so that a seed gives the same masks. While hooks, parametrisations, other
+    modules or other attributes (of convolutions, GELU, dropout) lie in a block, its host's forward runs, with a
+    warning. Under autocast, blocks that follow each other hand on 16-bit tensors; the last of a row returns float32, as
+    the host's do.
 
     Args:
         model: any module that has such blocks, or is one.

@@ -36,8 +36,15 @@ class Parts(NamedTuple):
     drop_path: Any = None
 
 
-Structure = tuple[tuple[str, Any, Any], ...]
-"""Name, class and, in the same form, structure of each child of a module."""
+OBEYED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: ("stride", "padding", "padding_mode", "dilation"),
+    nn.GELU: ("approximate",),
+    nn.Dropout: ("p",),
+}
+"""Attributes of modules below a block that its host's forward reads at every call and ours only before the swap."""
+
+Structure = tuple[tuple[str, Any, tuple[tuple[str, Any], ...], Any], ...]
+"""Name, class, attributes in OBEYED and, in the same form, structure of each child of a module."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,19 @@ def _module_at(module: Any, path: tuple[str, ...]) -> Any:
 
 def structure_of(module: nn.Module) -> Structure:
     children = module.named_children()
-    return tuple((name, type(child), structure_of(child)) for name, child in children)
+    return tuple((name, type(child), _obeyed(child), structure_of(child)) for name, child in children)
+
+
+def _obeyed(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    names = (name for kind in type(module).__mro__ for name in OBEYED.get(kind, ()))
+    return tuple((name, getattr(module, name)) for name in names)
 
 
 def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> str | None:
     """What has come over the modules below one since it was examined that its host's forward would obey and ours would
-    not: hooks, other modules, other forwards. None: nothing."""
+    not: hooks, other modules, other forwards, attributes. None: nothing."""
     children = module._modules
-    for name, kind, below in structure:
+    for name, kind, attributes, below in structure:
         child = children.get(name)
         if child is None or type(child) is not kind:
             return f"its `{prefix}{name}` is a {type(child).__name__} and was a {kind.__name__}"
@@ -83,6 +95,9 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
             return f"hooks sit on its `{prefix}{name}`"
         if "forward" in child.__dict__ and not _has_same_forward(child, kind):
             return f"the forward of its `{prefix}{name}` has been replaced"
+        for attribute, value in attributes:
+            if (now := getattr(child, attribute)) != value:
+                return f"the {attribute} of its `{prefix}{name}` is {now!r} and was {value!r}"
         if below and (change := change_below(child, below, f"{prefix}{name}.")):
             return change
     return None

@@ -1,14 +1,16 @@
 """What is put into an accelerated block and only its host's forward would obey."""
 
+import copy
 import warnings
 from types import MethodType
 
 import pytest
 import torch
-from small import BLOCK, BLOCKS, TOLERANCE, assert_ours, build, difference, images, operators
+from small import BLOCK, BLOCKS, TOLERANCE, assert_ours, build, difference, gradients, images, operators
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from convnext_kernels import accelerate
 from convnext_kernels.accelerate import blocks
 
 
@@ -103,3 +105,29 @@ def test_quantisation_of_other_layers(pair):
         )
     assert not isinstance(quantised.head.fc, nn.Linear)
     assert_ours(quantised)
+
+
+ATTRIBUTES = (
+    ("stages.2.blocks.0", "conv_dw", "stride", (2, 2)),
+    ("stages.3.blocks.0", "conv_dw", "padding", (4, 4)),
+    ("stages.2.blocks.0", "conv_dw", "padding_mode", "replicate"),
+    ("stages.1.blocks.0", "conv_dw", "dilation", (1, 2)),
+    ("stages.2.blocks.0", "mlp.act", "approximate", "tanh"),
+    ("stages.2.blocks.0", "mlp.drop1", "p", 0.5),
+)
+
+
+@pytest.mark.parametrize(("block", "path", "name", "value"), ATTRIBUTES, ids=[a[2] for a in ATTRIBUTES])
+def test_attributes_that_only_the_hosts_forward_reads(block, path, name, value):
+    blocks._warn_host_forward.cache_clear()
+    host = build(act_layer=nn.GELU)
+    host.get_submodule("stages.1.blocks.0").conv_dw.padding = "same"
+    ours = copy.deepcopy(host)
+    assert not accelerate(ours).skipped
+    before = gradients(host.train(), images())["output"]
+    for model in (host, ours):
+        setattr(model.get_submodule(f"{block}.{path}"), name, value)
+    expected = gradients(host, images())["output"]
+    assert difference(expected, before) > 1e-5
+    with pytest.warns(UserWarning, match=rf"the {name} of its `{path}` is .* and was .*"):
+        assert difference(gradients(ours.train(), images())["output"], expected) <= TOLERANCE
