@@ -90,7 +90,8 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
     for name, kind, attributes, below in structure:
         child = children.get(name)
         if child is None or type(child) is not kind:
-            return f"its `{prefix}{name}` is a {type(child).__name__} and was a {kind.__name__}"
+            now, was = _told_apart(type(child), kind)
+            return f"its `{prefix}{name}` is a {now} and was a {was}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"hooks sit on its `{prefix}{name}`"
         if "forward" in child.__dict__ and not _has_same_forward(child, kind):
@@ -101,6 +102,13 @@ def change_below(module: nn.Module, structure: Structure, prefix: str = "") -> s
         if below and (change := change_below(child, below, f"{prefix}{name}.")):
             return change
     return None
+
+
+def _told_apart(one: type, other: type) -> tuple[str, str]:
+    """The names of two classes, with their modules' where they share one, as layers and their quantised ones do."""
+    if one.__name__ != other.__name__:
+        return one.__name__, other.__name__
+    return f"{one.__module__}.{one.__name__}", f"{other.__module__}.{other.__name__}"
 
 
 def _has_same_forward(module: nn.Module, kind: Any) -> bool:
@@ -120,7 +128,7 @@ class AcceleratedBlock(Swapped):
     """A host's block with `functional.convnext_block` as its forward.
 
     Parameters are read at every call, and so are the modules: while something has come over them that only the host's
-    forward would obey, that one runs, with one warning.
+    forward would obey, that one runs, with one warning (none in what torch.compile compiles).
     """
 
     wiring: Wiring
@@ -135,7 +143,8 @@ class AcceleratedBlock(Swapped):
                     f"a folded {type(self).__name__} cannot run its host's forward, which would be due: {change};"
                     " accepted: blocks in which nothing has changed since convnext_kernels.fold_"
                 )
-            _warn_host_forward(type(self).__name__, change)
+            if not torch.compiler.is_compiling():  # a warning would break the graph
+                _warn_host_forward(type(self).__name__, change)
             return super().forward(input)
         return wired_forward(self, self.wiring, input, self.chained)
 

@@ -6,7 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
-from small import BLOCK, BLOCKS, TOLERANCE, assert_ours, build, difference, gradients, images, operators
+from small import BLOCK, BLOCKS, TOLERANCE, assert_ours, build, build_pair, difference, gradients, images, operators
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -107,6 +107,16 @@ def test_quantisation_of_other_layers(pair):
     assert_ours(quantised)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantization:DeprecationWarning")
+def test_quantised_layers_are_told_from_those_they_were():
+    blocks._warn_host_forward.cache_clear()
+    ours = build_pair(conv_mlp=False)[1]
+    quantised = torch.ao.quantization.quantize_dynamic(ours, {nn.Linear})
+    apart = r"is a torch\.ao\.nn\.quantized\..*\.Linear and was a torch\.nn\.modules\..*\.Linear"
+    with pytest.warns(UserWarning, match=apart):
+        quantised(images())
+
+
 ATTRIBUTES = (
     ("stages.2.blocks.0", "conv_dw", "stride", (2, 2)),
     ("stages.3.blocks.0", "conv_dw", "padding", (4, 4)),
@@ -131,3 +141,16 @@ def test_attributes_that_only_the_hosts_forward_reads(block, path, name, value):
     assert difference(expected, before) > 1e-5
     with pytest.warns(UserWarning, match=rf"the {name} of its `{path}` is .* and was .*"):
         assert difference(gradients(ours.train(), images())["output"], expected) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_hosts_forward_compiles(pair):
+    """Into one graph; and ours, when the hook is gone."""
+    host, ours = pair
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    handles = [model.stages[2].blocks[0].norm.register_forward_hook(lambda m, a, out: 2 * out) for model in pair]
+    assert difference(host(images()), build()(images())) > 1e-3
+    assert difference(compiled(images()), host(images())) <= TOLERANCE
+    for handle in handles:
+        handle.remove()
+    assert difference(compiled(images()), host(images())) <= TOLERANCE
