@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from convnext_kernels import functional
+from convnext_kernels.accelerate.blocks import Structure, change_below
 from convnext_kernels.backends import check_backend
 from convnext_kernels.parameters import parameter_of
-from convnext_kernels.reference import ReferenceBlock, drop_path_factor
+from convnext_kernels.reference import GlobalResponseNorm, ReferenceBlock, drop_path_factor
+
+V1: Structure = (
+    ("dwconv", nn.Conv2d, ()),
+    ("norm", nn.LayerNorm, ()),
+    ("pwconv1", nn.Linear, ()),
+    ("pwconv2", nn.Linear, ()),
+)
+V2: Structure = (*V1, ("grn", GlobalResponseNorm, ()))
+
+
+def structure_below(block: nn.Module) -> Structure:
+    """The modules that the operator stands for, by `change_below`: those of V1 or V2, or of a subclass that has their
+    forward, as parametrised modules are."""
+    parts = block._modules
+    return tuple(
+        (name, type(parts[name]) if getattr(type(parts[name]), "forward", None) is kind.forward else kind, ())
+        for name, kind, _ in (V1 if block.grn is None else V2)
+    )
+
+
+@cache
+def _warn_published_forward(change: str) -> None:
+    warnings.warn(f"a ConvNeXtBlock runs the published forward, in plain PyTorch: {change}", stacklevel=2)
 
 
 class ConvNeXtBlock(ReferenceBlock):
@@ -19,7 +46,9 @@ class ConvNeXtBlock(ReferenceBlock):
         out = input + drop_path_factor * gamma * (grn(gelu(u pwconv1' + b1)) pwconv2' + b2)
 
     Parameters carry the names and shapes of the official checkpoints (`dwconv`, `norm`, `pwconv1`, `grn`, `pwconv2`,
-    `gamma`) and are read at every call, so that optimizers, averages of weights and sharding may replace them.
+    `gamma`) and are read at every call, so that optimizers, averages of weights and sharding may replace them. While
+    hooks sit on one of these modules, or another with a forward of its own is in its place (as LoRA's are), the
+    published forward runs, in plain PyTorch, with one warning.
 
     Args:
         dim: channels, C.
@@ -82,6 +111,11 @@ class ConvNeXtBlock(ReferenceBlock):
         parts: Any = self._modules
         dwconv, norm, pwconv1, pwconv2 = parts["dwconv"], parts["norm"], parts["pwconv1"], parts["pwconv2"]
         grn = self.grn
+        # The second look takes longer than the first, and is for the few blocks with subclasses in them.
+        if change_below(self, V1 if grn is None else V2) and (change := change_below(self, structure_below(self))):
+            if not torch.compiler.is_compiling():  # which cannot trace warnings
+                _warn_published_forward(change)
+            return super().forward(input.contiguous(memory_format=torch.channels_last))
         drops = self.training and self.drop_path > 0
         return functional.convnext_block(
             input,

@@ -22,7 +22,7 @@ from convnext_kernels.accelerate.blocks import (
     flattened,
 )
 from convnext_kernels.backends import use_backend
-from convnext_kernels.block import ConvNeXtBlock
+from convnext_kernels.block import ConvNeXtBlock, structure_below
 from convnext_kernels.ops.common.checks import check_eval_mode
 from convnext_kernels.ops.convnext_block.steps import fold
 
@@ -79,7 +79,7 @@ def fold_(model: nn.Module) -> FoldReport:
     Raises:
         ValueError: a module is in training mode; the model has no such block; a block cannot be folded: its parameters
             are shared, sharded, quantised or parametrised, its first linear layer has no bias to take that of the norm
-            up, or other modules lie in it since it was accelerated.
+            up, or hooks or modules of others lie in it.
     """
     check_eval_mode(model)
     blocks = {n: block for n, block in model.named_modules() if isinstance(block, ConvNeXtBlock | AcceleratedBlock)}
@@ -129,7 +129,7 @@ def _wiring(block: nn.Module) -> Wiring:
         return block.wiring
     own = official.ADAPTER
     paths = Parts(own.conv, own.norm, own.linear1, own.linear2, own.grn if block.grn is not None else None)
-    return Wiring(own, tuple(path and (path,) for path in paths), (), str(block.activation))
+    return Wiring(own, tuple(path and (path,) for path in paths), structure_below(block), str(block.activation))
 
 
 def _slots(block: nn.Module) -> dict[str, _Slot]:

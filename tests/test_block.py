@@ -1,13 +1,16 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import timm
 import torch
-from support import randomise, relative_error
+from support import OperatorCalls, randomise, relative_error
+from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from convnext_kernels import block as block_module
 from convnext_kernels import use_backend
 from convnext_kernels.block import ConvNeXtBlock
 from convnext_kernels.reference import ReferenceBlock
@@ -148,17 +151,97 @@ def test_parameters_are_read_at_call_time():
     assert relative_error(block(input), reference(input)) < 1e-5
 
 
-def test_parametrised_and_pruned_parameters_are_computed_with():
+def operators(block, input):
+    """How many operators of the package a call runs; no warning is given."""
+    with warnings.catch_warnings(), OperatorCalls() as operators:
+        warnings.simplefilter("error")
+        block(input)
+    return len(operators.calls)
+
+
+def test_parametrised_parameters_are_computed_with():
     pair = make_pair()
     for module in pair:
         parametrizations.weight_norm(module.dwconv)
         parametrizations.weight_norm(module.pwconv1)
         with torch.no_grad():
             module.pwconv1.parametrizations.weight.original0.mul_(2)
-        prune.l1_unstructured(module.pwconv2, "weight", 0.5)
     input, grad_output = torch.randn(2, 2, 24, 5, 5)
     ours, theirs = (run(module, input, grad_output) for module in pair)
     assert max(relative_error(ours[name], theirs[name]) for name in theirs) < 1e-5
+    assert operators(pair[0], input) == 1
+
+
+class LowRank(nn.Module):
+    """A linear layer beside another, as LoRA has it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.beside = base, copy.deepcopy(base)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, input):
+        return self.base(input) + self.beside(input)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return super().forward(input + input)
+
+
+def make_doubled(linear):
+    linear.__class__ = Doubled
+
+
+def script(block):
+    block.pwconv1 = torch.jit.script(nn.Sequential(block.pwconv1, nn.GELU()))
+
+
+CHANGES = {
+    "another": (lambda block: setattr(block, "pwconv1", LowRank(block.pwconv1)), "its `pwconv1` is a LowRank and was"),
+    "subclass": (lambda block: make_doubled(block.pwconv2), "its `pwconv2` is a Doubled and was a Linear"),
+    "scripted": (script, "its `pwconv1` is a RecursiveScriptModule and was a Linear"),
+    "forward": (lambda block: setattr(block.norm, "forward", torch.sin), "the forward of its `norm` has been replaced"),
+    "hook": (lambda block: block.grn.register_forward_hook(lambda m, a, out: 2 * out), "hooks sit on its `grn`"),
+    "prune": (lambda block: prune.l1_unstructured(block.dwconv, "weight", 0.5), "hooks sit on its `dwconv`"),
+}
+"""What is put into a block and only the published forward obeys."""
+
+
+@pytest.mark.parametrize(("change", "reason"), CHANGES.values(), ids=CHANGES)
+def test_the_published_forward_obeys_changes_with_one_warning(change, reason):
+    block_module._warn_published_forward.cache_clear()
+    pair = make_pair(use_grn=True)
+    input, grad_output = torch.randn(2, 2, 24, 5, 5)
+    unchanged = pair[0](input)
+    for module in pair:
+        change(module)
+    with pytest.warns(UserWarning, match=f"a ConvNeXtBlock runs the published forward, in plain PyTorch: {reason}"):
+        ours = run(pair[0], input, grad_output)
+    theirs = run(pair[1], input, grad_output)
+    assert relative_error(unchanged, theirs["output"]) > 1e-2
+    assert max(relative_error(ours[name], value) for name, value in theirs.items() if value is not None) < 1e-5
+    assert ours["output"].is_contiguous(memory_format=torch.channels_last)
+    assert operators(pair[0], input) == 0
+
+
+@pytest.mark.filterwarnings("ignore:a ConvNeXtBlock runs the published forward")
+def test_pruned_weights_are_made_anew_at_every_step():
+    block, _ = make_pair()
+    prune.l1_unstructured(block.pwconv1, "weight", 0.5)
+    optimizer = torch.optim.SGD(block.parameters(), 1e-2)
+    for _ in range(2):
+        block(torch.randn(2, 24, 5, 5)).square().mean().backward()
+        optimizer.step()
+
+
+def test_hooks_on_the_block_itself_and_those_taken_away_are_no_obstacle():
+    block, _ = make_pair()
+    block.register_forward_hook(lambda module, args, output: 2 * output)
+    block.norm.register_forward_hook(lambda module, args, output: 2 * output).remove()
+    assert operators(block, torch.randn(2, 24, 5, 5)) == 1
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
@@ -253,6 +336,21 @@ def test_compiled_block_gives_the_same_values_and_gradients(version):
     block.zero_grad()
     results = run(compiled, input, grad_output)
     assert max(relative_error(a, b) for a, b in zip(results.values(), expected.values(), strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda linear: parametrizations.weight_norm(linear), lambda linear: prune.l1_unstructured(linear, "weight", 0.5)],
+    ids=["parametrised", "pruned"],
+)
+def test_a_changed_block_compiles_to_one_graph(change):
+    torch.compiler.reset()
+    pair = make_pair()
+    for module in pair:
+        change(module.pwconv1)
+    input = torch.randn(2, 24, 7, 5)
+    compiled = torch.compile(pair[0], fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(input), pair[1](input)) < 1e-5
 
 
 def test_block_is_one_operator():

@@ -24,7 +24,7 @@ from convnext_kernels.functional import OPERATORS
 PACKAGE = str(Path(convnext_kernels.__file__).parent)
 
 CALLS = {
-    "ConvNeXtBlock": (132, 149),
+    "ConvNeXtBlock": (137, 154),
     "convnext_block": (117, 127),
     "depthwise_conv2d": (47, 55),
     "depthwise_conv2d_layer_norm": (68, 78),

@@ -252,7 +252,20 @@ def test_what_is_no_plain_parameter_is_refused():
     refused(model, r"`1`: its `pwconv1\.weight` is a Tensor; accepted: floating-point parameters")
 
 
-def test_an_accelerated_block_with_hooks_is_refused():
+def test_a_block_with_hooks_is_refused():
     model = accelerated(timm_model())
     model.stages[1].blocks[0].mlp.register_forward_hook(lambda *_: None)
     refused(model, r"`stages\.1\.blocks\.0`: hooks sit on its `mlp`")
+    block = make_block().eval()
+    block.pwconv2.register_forward_hook(lambda *_: None)
+    refused(block, "`: hooks sit on its `pwconv2`")
+
+
+@pytest.mark.filterwarnings("ignore:a ConvNeXtBlock runs the published forward")
+def test_a_folded_block_with_hooks_runs_the_published_forward():
+    block, input, seen = make_block(torch.float64).eval(), torch.randn(1, 16, 5, 5, dtype=torch.float64), []
+    expected = block(input)
+    fold_(block)
+    block.pwconv2.register_forward_hook(lambda *_: seen.append(1))
+    assert relative_error(block(input), expected) < 1e-13
+    assert seen
