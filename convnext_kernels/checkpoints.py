@@ -214,7 +214,7 @@ def load_checkpoint(
         problems["unexpected"] = list(unexpected)
     if any(problems.values()):
         listed = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
-        hint = HEAD_HINT if any(key.startswith("head.") for key in misshapen) else ""
+        hint = HEAD_HINT if any(key.startswith("head.") for key in (*misshapen, *problems.get("missing", ()))) else ""
         raise ValueError(f"checkpoint: its parameters ({format_name} format) do not fit the model; {listed}{hint}")
 
     model.load_state_dict({key: value.reshape(expected[key].shape) for key, value in matching.items()}, strict=False)

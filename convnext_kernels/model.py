@@ -94,6 +94,7 @@ def create_model(
     drop_path_rate: float = 0.0,
     out_indices: Sequence[int] | None = None,
     checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    ignore_head: bool = False,
     **overrides: Any,
 ) -> ConvNeXt:
     """Builds a published variant, randomly initialised or from a checkpoint.
@@ -102,6 +103,7 @@ def create_model(
         name: one of `list_models()`, such as "convnext_tiny" or "convnextv2_nano".
         num_classes, in_chans, drop_path_rate, out_indices: see `ConvNeXt`.
         checkpoint: path or dictionary of weights; see `load_checkpoint`, which also tells what was loaded.
+        ignore_head: leave the checkpoint's classifier out, for fine-tuning with another number of classes.
         overrides: other arguments of `ConvNeXt`, in place of the variant's (such as depths, layer_scale_init_value).
 
     Raises:
@@ -119,7 +121,7 @@ def create_model(
         **network_options(name, overrides),
     )
     if checkpoint is not None:
-        report = load_checkpoint(model, checkpoint)
-        if report.missing:
+        report = load_checkpoint(model, checkpoint, ignore_head=ignore_head)
+        if any(not key.startswith("head.") for key in report.missing):
             warnings.warn(f"create_model({name!r}): {report}", stacklevel=2)
     return model

@@ -1,4 +1,5 @@
 import argparse
+import warnings
 
 import pytest
 import torch
@@ -244,6 +245,19 @@ def test_another_number_of_classes():
     assert ours.head.weight.equal(head)
     input = torch.randn(1, 3, 64, 64)
     assert relative_error(ours.forward_features(input), theirs.forward_features(input)) < 1e-5
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 0], ids=["other classes", "no classifier"])
+def test_create_model_ignores_the_classifier_where_told(classes):
+    weights = official(num_classes=classes).state_dict()
+    options = {"name": "convnext_tiny", "depths": DEPTHS, "dims": DIMS, "num_classes": 5, "checkpoint": weights}
+    with pytest.raises(ValueError, match=r"head\.weight.*; ignore_head=True leaves the model's classifier"):
+        create_model(**options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is missing that was not left out on request
+        model = create_model(**options, ignore_head=True)
+    assert model.head.weight.shape == (5, 40)
+    assert model.norm.weight.equal(weights["norm.weight"])
 
 
 def test_a_model_without_classes_ignores_the_classifier():
