@@ -81,6 +81,9 @@ TRANSFORMERS = CheckpointFormat(
 
 HEAD_HINT = "; ignore_head=True leaves the model's classifier as it is"
 
+WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema")
+"""Where training scripts put the parameters beside other things; averages are taken where there is nothing else."""
+
 FORMATS = (OFFICIAL, TIMM, TORCHVISION, TRANSFORMERS)
 
 
@@ -115,8 +118,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: there is no such file, or it may not be read.
+        TypeError: it is no path.
         ValueError: the file is truncated, corrupt or no checkpoint; the message names it.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"checkpoint: got {type(path).__name__}; accepted: a path or a dictionary of tensors")
     path = Path(path)
     try:
         checkpoint = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
@@ -139,8 +145,8 @@ def to_official(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Renames a checkpoint's keys to ours.
 
     Args:
-        state_dict: parameters by name, or a dictionary that holds them under "model" or "state_dict"; the prefix
-            "module." of data-parallel training is dropped.
+        state_dict: parameters by name, or a dictionary that holds them under one of WRAPPERS. What data-parallel
+            training, averaging and torch.compile put into names is dropped: "module.", "_orig_mod.", "n_averaged".
 
     Returns:
         The name of the format found and the parameters under official names, shapes as they were.
@@ -148,11 +154,15 @@ def to_official(state_dict: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     Raises:
         ValueError: no known format; something other than tensors among the values.
     """
-    for wrapper in ("model", "state_dict"):
+    for wrapper in WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
             break
-    state_dict = {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = {
+        re.sub(r"\b(module|_orig_mod)\.", "", str(key)): value
+        for key, value in state_dict.items()
+        if key != "n_averaged"
+    }
     found = next((f for f in FORMATS if any(re.fullmatch(f.signature, key) for key in state_dict)), None)
     if found is None:
         keys = ", ".join(list(state_dict)[:5]) or "no keys"
@@ -183,8 +193,8 @@ def load_checkpoint(
 
     Args:
         model: the network; unchanged when an error is raised.
-        checkpoint: path of a `.safetensors` or `torch.save` file, or a dictionary: parameters by name, or under "model"
-            or "state_dict".
+        checkpoint: path of a `.safetensors` or `torch.save` file, or a dictionary: parameters by name, or under
+            "model", "state_dict", "model_ema" or "state_dict_ema", the first that there is.
         strict: whether missing and unexpected keys are errors. Wrong shapes always are.
         ignore_head: leave the classifier as it is, for fine-tuning with another number of classes.
 
@@ -193,6 +203,7 @@ def load_checkpoint(
 
     Raises:
         OSError: there is no such file, or it may not be read.
+        TypeError: the checkpoint is neither a path nor a dictionary.
         ValueError: the file is truncated or corrupt, the format is unknown, or the parameters do not fit; the message
             names every missing, unexpected and misshapen key.
 

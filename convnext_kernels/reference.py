@@ -217,10 +217,10 @@ def _check_network(
 
 
 def _checked_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
-    indices = tuple(out_indices)
-    right = indices and list(indices) == sorted(set(indices) & set(range(stages)))
-    _require(bool(right), "out_indices", indices, f"increasing stages out of 0 to {stages - 1}, at least one")
-    return indices
+    listed = list(out_indices) if isinstance(out_indices, Sequence) else []
+    right = listed and listed == sorted(set(listed) & set(range(stages)))
+    _require(bool(right), "out_indices", out_indices, f"increasing stages out of 0 to {stages - 1}, at least one")
+    return tuple(listed)
 
 
 def _require(right: bool, name: str, got: object, accepted: str) -> None:

@@ -1,10 +1,13 @@
 import argparse
+import copy
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import randomise, relative_error
+from support import assert_same, randomise, relative_error
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from convnext_kernels.checkpoints import load_checkpoint
 from convnext_kernels.model import ConvNeXt, create_model
@@ -147,6 +150,39 @@ def test_create_model_reads_a_checkpoint(tmp_path):
     assert relative_error(ours(input), theirs(input)) < 1e-5
 
 
+def with_compiled_stages(model):
+    for index, stage in enumerate(model.stages):
+        model.stages[index] = torch.compile(stage)
+    return model
+
+
+AS_SAVED = {
+    "compiled": lambda model: torch.compile(model).state_dict(),
+    "compiled_stages": lambda model: with_compiled_stages(copy.deepcopy(model)).state_dict(),
+    "averaged": lambda model: AveragedModel(torch.compile(model)).state_dict(),
+    "data_parallel": lambda model: nn.DataParallel(torch.compile(model)).state_dict(),
+}
+
+
+@pytest.mark.parametrize("kind", AS_SAVED)
+def test_names_of_wrapped_models(kind):
+    theirs = official()
+    ours = ConvNeXt(**SIZES)
+    assert load_checkpoint(ours, AS_SAVED[kind](theirs)).unexpected == ()
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", ["model_ema", "state_dict_ema"])
+def test_averages_are_taken_where_there_is_nothing_else(wrapper):
+    theirs, average = official(), official()
+    randomise(average, seed=2)
+    ours = ConvNeXt(**SIZES)
+    load_checkpoint(ours, {wrapper: average.state_dict(), "epoch": 3})
+    assert_same(ours.state_dict(), average.state_dict())
+    load_checkpoint(ours, {wrapper: average.state_dict(), "state_dict": theirs.state_dict()})
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
 def test_a_broken_file_is_named(suffix, damage, tmp_path):
@@ -176,6 +212,8 @@ def test_other_content_is_refused(tmp_path):
         load_checkpoint(ConvNeXt(**SIZES), path)
     with pytest.raises(FileNotFoundError, match="absent"):
         load_checkpoint(ConvNeXt(**SIZES), tmp_path / "absent.pth")
+    with pytest.raises(TypeError, match=r"checkpoint: got ConvNeXt; accepted: a path or a dictionary"):
+        load_checkpoint(ConvNeXt(**SIZES), ConvNeXt(**SIZES))
     with pytest.raises(ValueError, match=r"conv1\.weight.*official, timm, torchvision, transformers"):
         load_checkpoint(ConvNeXt(**SIZES), {"conv1.weight": torch.ones(1)})
     with pytest.raises(ValueError, match="no keys"):

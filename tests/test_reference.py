@@ -179,6 +179,7 @@ def test_dropped_samples_pass_unchanged_and_kept_ones_are_scaled():
         ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"eps": 0.0}, "eps"),
         ({"out_indices": ()}, "out_indices"),
+        ({"out_indices": 3}, "out_indices"),
         ({"out_indices": (0, 4)}, "out_indices"),
         ({"out_indices": (-1,)}, "out_indices"),
         ({"out_indices": (2, 1)}, "out_indices"),
