@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--freeze", 0, "stages that keep their weights, from the first on", "[0, inf)")
 
     add("--epochs", 300, "passes over the images", "[1, inf)")
-    add("--warmup", 20.0, "epochs of rising learning rate", "[0, inf)")
+    add("--warmup", 20.0, "epochs of rising learning rate; unasked no more than there are", "[0, inf)")
     add("--batch-size", 4096, "images per step, of all processes together", "[1, inf)")
     add("--accumulate", 1, "parts that each process cuts its batch into, for memory", "[1, inf)")
     add("--lr", 4e-3, "highest learning rate", "(0, inf)")
@@ -156,6 +156,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = build_parser()
     if parser.parse_known_args(arguments)[0].data == "digits":
         parser.set_defaults(**DIGITS)
+    epochs = parser.parse_known_args(arguments)[0].epochs
+    parser.set_defaults(warmup=min(parser.get_default("warmup"), epochs))
     options = parser.parse_args(arguments)
     if options.resume and not options.output:
         parser.error("--resume: got no --output; accepted: with the folder of the run")

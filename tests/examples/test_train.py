@@ -382,7 +382,7 @@ def test_a_file_that_holds_no_run_is_not_resumed(tmp_path, capsys, content):
         (["--rand-augment", "11"], "argument --rand-augment: got 11; accepted: int in [0, 10]"),
         (["--seed", "-1"], "argument --seed: got -1; accepted: int in [0, 4294967295]"),
         (["--crop-scale", "1", "0.5"], "--crop-scale: got [1.0, 0.5]; accepted: the smaller one first"),
-        (["--data", "folder", "--epochs", "5"], "--warmup: got 20; accepted: at most 5, the epochs"),
+        (["--epochs", "5", "--warmup", "5.5"], "--warmup: got 5.5; accepted: at most 5, the epochs"),
         (["--min-lr", "1"], "--min-lr: got 1; accepted: at most 0.002, the learning rate"),
         (["--resolution", "8@1"], "--resolution: got epoch 1 as the first; accepted: R, or R@0 among others"),
         (["--compile", "nosuch"], "--compile: got nosuch; accepted: "),
@@ -396,6 +396,21 @@ def test_options_that_argparse_refuses(capsys, options, message):
         train.parse(options)
     assert refusal.value.code == REFUSED
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        (["--epochs", "1"], 1),
+        (["--epochs", "5"], 2),
+        (["--data", "folder", "--epochs", "5"], 5),
+        (["--data", "folder"], 20),
+        (["--epochs", "5", "--warmup", "4"], 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_warmup_that_was_not_given_is_no_longer_than_the_run(options, warmup):
+    assert train.parse(options).warmup == warmup
 
 
 def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
