@@ -32,6 +32,7 @@ from rich.table import Table
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
+from benchmarks.hazards import early_writes, short_rings
 from benchmarks.machine_code import count_in_loops, parse_instructions
 from convnext_kernels import backends
 from convnext_kernels.cli.compile_ahead import compiling
@@ -86,6 +87,8 @@ class Kernel:
     matrix_instructions: int
     serialized: tuple[str, ...]
     """Why wgmma wait for one another that might overlap: codes of the assembler, C7510 and so on."""
+    overwritten: int
+    """Operands that something else is written to while wgmma may still read them; see `hazards`."""
 
 
 def failures(kernel: Kernel, may_spill: bool = False) -> list[str]:
@@ -100,6 +103,8 @@ def failures(kernel: Kernel, may_spill: bool = False) -> list[str]:
     # float32 in full precision has no matrix instruction.
     if kernel.kernel in PRODUCT_KERNELS and kernel.dtype != "float32" and not kernel.matrix_instructions:
         found.append("no matrix instruction")
+    if kernel.overwritten:
+        found.append(f"{kernel.overwritten} operands are overwritten while a product may still read them")
     return found
 
 
@@ -139,12 +144,19 @@ def serialized(log: str) -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"\((C\d+)\)[^\n]*wgmma\.mma_async instructions are serialized", log))))
 
 
+_REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{")
+"""Behind its sums."""
+
+
 def _describe(function: JITFunction, compiled: Any, log: str, case: Case, precision: str, architecture: int) -> Kernel:
-    cubin = compiled.asm["cubin"]
+    cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
     resources = _resources(cubin)
-    spills_in_loops = 0
-    if resources["STACK"] + resources["LOCAL"]:
-        spills_in_loops = count_in_loops(parse_instructions(_dump(cubin, "-sass")), ("LDL", "STL"))
+    spills_in_loops, overwritten = 0, short_rings(compiled.asm["ttgir"])
+    spills, reads_registers = resources["STACK"] + resources["LOCAL"], _REGISTER_OPERAND.search(ptx)
+    if spills or reads_registers:
+        instructions = parse_instructions(_dump(cubin, "-sass"))
+        spills_in_loops = count_in_loops(instructions, ("LDL", "STL"))
+        overwritten += early_writes(instructions)
     constants = {function.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
     return Kernel(
         kernel=f"{function.__module__.split('.')[-2]}.{function.__name__}",
@@ -160,8 +172,9 @@ def _describe(function: JITFunction, compiled: Any, log: str, case: Case, precis
         spills_in_loops=spills_in_loops,
         # The assembler's number and Triton's count the static and the dynamic part.
         shared=resources["SHARED"] + compiled.metadata.shared,
-        matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
+        matrix_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
         serialized=serialized(log),
+        overwritten=overwritten,
     )
 
 

@@ -16,12 +16,12 @@ from convnext_kernels.parameters import parameter_of
 from convnext_kernels.reference import GlobalResponseNorm, ReferenceBlock, drop_path_factor
 
 V1: Structure = (
-    ("dwconv", nn.Conv2d, ()),
-    ("norm", nn.LayerNorm, ()),
-    ("pwconv1", nn.Linear, ()),
-    ("pwconv2", nn.Linear, ()),
+    ("dwconv", nn.Conv2d, (("stride", (1, 1)), ("padding_mode", "zeros")), ()),
+    ("norm", nn.LayerNorm, (), ()),
+    ("pwconv1", nn.Linear, (), ()),
+    ("pwconv2", nn.Linear, (), ()),
 )
-V2: Structure = (*V1, ("grn", GlobalResponseNorm, ()))
+V2: Structure = (*V1, ("grn", GlobalResponseNorm, (), ()))
 
 
 def structure_below(block: nn.Module) -> Structure:
@@ -29,8 +29,8 @@ def structure_below(block: nn.Module) -> Structure:
     forward, as parametrised modules are."""
     parts = block._modules
     return tuple(
-        (name, type(parts[name]) if getattr(type(parts[name]), "forward", None) is kind.forward else kind, ())
-        for name, kind, _ in (V1 if block.grn is None else V2)
+        (name, type(parts[name]) if getattr(type(parts[name]), "forward", None) is kind.forward else kind, *rest)
+        for name, kind, *rest in (V1 if block.grn is None else V2)
     )
 
 

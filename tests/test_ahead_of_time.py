@@ -37,6 +37,7 @@ GOOD = Kernel(
     shared=65536,
     matrix_instructions=64,
     serialized=(),
+    overwritten=0,
 )
 
 
@@ -92,6 +93,7 @@ def test_every_kernel_compiles_for_both_architectures(tmp_path):
         ({"matrix_instructions": 0}, "no matrix instruction"),
         ({"matrix_instructions": 0, "dtype": "tf32"}, "no matrix instruction"),
         ({"matrix_instructions": 0, "kernel": "mlp.fused_kernel"}, "no matrix instruction"),
+        ({"overwritten": 1}, "1 operands are overwritten while a product may still read them"),
         ({"shared": 200_000}, "200000 bytes of shared memory; a block has 166912"),
     ],
 )

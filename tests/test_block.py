@@ -205,6 +205,10 @@ CHANGES = {
     "scripted": (script, "its `pwconv1` is a RecursiveScriptModule and was a Linear"),
     "forward": (lambda block: setattr(block.norm, "forward", torch.sin), "the forward of its `norm` has been replaced"),
     "hook": (lambda block: block.grn.register_forward_hook(lambda m, a, out: 2 * out), "hooks sit on its `grn`"),
+    "padding": (
+        lambda block: setattr(block.dwconv, "padding_mode", "reflect"),
+        "the padding_mode of its `dwconv` is 'reflect' and was 'zeros'",
+    ),
     "prune": (lambda block: prune.l1_unstructured(block.dwconv, "weight", 0.5), "hooks sit on its `dwconv`"),
 }
 """What is put into a block and only the published forward obeys."""
