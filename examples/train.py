@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--freeze", 0, "stages that keep their weights, from the first on", "[0, inf)")
 
     add("--epochs", 300, "passes over the images", "[1, inf)")
-    add("--warmup", 20.0, "epochs of rising learning rate; unasked no more than there are", "[0, inf)")
+    add("--warmup", 20.0, "epochs of rising learning rate; no more than --epochs unless given", "[0, inf)")
     add("--batch-size", 4096, "images per step, of all processes together", "[1, inf)")
     add("--accumulate", 1, "parts that each process cuts its batch into, for memory", "[1, inf)")
     add("--lr", 4e-3, "highest learning rate", "(0, inf)")
