@@ -64,8 +64,8 @@ def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
 def restore(model: nn.Module) -> tuple[str, ...]:
     """Gives every accelerated module of a model its host's forward back.
 
-    Nothing else had been changed, so the model is what it was before `accelerate`, its parameters as they are now. Given
-    one block of a row, it restores that one; the block before it hands on 16-bit tensors under autocast as it did.
+    Nothing else had been changed, so the model is what it was before `accelerate`, its parameters as they are now. One
+    block of a row can be given; under autocast the block before it then hands on 16-bit tensors as it did.
 
     Returns:
         The names of the restored modules.
