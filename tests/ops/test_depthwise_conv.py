@@ -1,12 +1,16 @@
 """Depthwise convolution."""
 
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
 from contract import Contract
-from support import arguments_of, assert_far_images_are_right, device_of
+from support import BACKENDS, arguments_of, assert_far_images_are_right, device_of, evaluate
+from torch.utils.checkpoint import checkpoint
 
+from convnext_kernels import parity
+from convnext_kernels.functional import OPERATORS
 from convnext_kernels.parity import Case
 
 CHEAP_FLOAT16 = ("1x24x1x1", "3x3, no bias", "3x3, dilation 2", "5x5, contiguous")
@@ -71,3 +75,18 @@ class TestDepthwiseConv(Contract):
     def test_offsets_past_32_bits(self, kernels):
         _, function = self.gpu_call(kernels)
         assert_far_images_are_right(function, (64, 32, 48), {"weight": (64, 1, 7, 7), "bias": (64,)}, tensors=5)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", ["depthwise_conv2d", "depthwise_conv2d_layer_norm", "convnext_block"])
+def test_the_gradient_of_a_filter_has_its_strides(operator, backend, memory_format):
+    """Also in the dimension of size 1: DDP warns of others. Inside a checkpoint, which unpacks what is saved once."""
+    function = partial(checkpoint, OPERATORS[operator], use_reentrant=False, backend=backend)
+    arguments = arguments_of(parity.cases(operator, small=True)[0], device=device_of(backend))
+    name = "conv_weight" if operator == "convnext_block" else "weight"
+    expected = evaluate(function, arguments)[f"grad {name}"]
+    arguments[name] = arguments[name].detach().to(memory_format=memory_format).requires_grad_()
+    got = evaluate(function, arguments)[f"grad {name}"]
+    assert got.stride() == arguments[name].stride()
+    assert torch.equal(got, expected)

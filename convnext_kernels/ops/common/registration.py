@@ -151,6 +151,14 @@ def requested_gradients(
     )
 
 
+def in_strides_of(filter: Tensor, gradient: Tensor | None) -> Tensor | None:
+    """A contiguous gradient [C, 1, k, k] with the strides of its filter: those of channels-last memory differ in the
+    dimension of size 1, which DDP compares too."""
+    if gradient is None or gradient.stride() == filter.stride() or not filter.is_contiguous():
+        return gradient
+    return gradient.as_strided(filter.shape, filter.stride())
+
+
 def dtypes_of(*tensors: Tensor | None) -> list[torch.dtype | None]:
     """The tensors' dtypes, None for those that are None."""
     return [None if tensor is None else tensor.dtype for tensor in tensors]

@@ -17,6 +17,7 @@ from convnext_kernels.ops.common.registration import (
     differentiate,
     dtypes_of,
     gradient_of_output,
+    in_strides_of,
     requested_gradients,
 )
 from convnext_kernels.ops.convnext_block.configs import recomputes_by_default
@@ -181,9 +182,12 @@ class _Block(torch.autograd.Function):
     @gradient_of_output
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = [*ctx.needs_input_grad[:10], *ctx.needs_input_grad[11:13]]
-        gradients = BACKWARD(grad_output, *ctx.saved_tensors, *ctx.options, wanted, ctx.backend)
-        *branch, grad_grn_weight, grad_grn_bias = requested_gradients(gradients, wanted, ctx.dtypes)
-        return *branch, None, grad_grn_weight, grad_grn_bias, *(None,) * 7
+        saved = ctx.saved_tensors  # once: checkpoints let nobody unpack them twice
+        gradients = BACKWARD(grad_output, *saved, *ctx.options, wanted, ctx.backend)
+        requested = requested_gradients(gradients, wanted, ctx.dtypes)
+        grad_input, grad_filter, *branch, grad_grn_weight, grad_grn_bias = requested
+        grad_filter = in_strides_of(saved[6], grad_filter)
+        return grad_input, grad_filter, *branch, None, grad_grn_weight, grad_grn_bias, *(None,) * 7
 
 
 CALL = differentiate(FORWARD, _Block)

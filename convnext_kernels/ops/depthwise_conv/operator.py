@@ -16,6 +16,7 @@ from convnext_kernels.ops.common.registration import (
     differentiate,
     dtypes_of,
     gradient_of_output,
+    in_strides_of,
     requested_gradients,
 )
 
@@ -106,7 +107,8 @@ class _DepthwiseConv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         gradients = BACKWARD(grad_output, input, weight, ctx.dilation, wanted, ctx.backend)
-        return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None)
+        grad_input, grad_weight, grad_bias = requested_gradients(gradients, wanted, ctx.dtypes)
+        return grad_input, in_strides_of(weight, grad_weight), grad_bias, None, None
 
 
 CALL = differentiate(FORWARD, _DepthwiseConv2d)

@@ -14,6 +14,7 @@ from convnext_kernels.ops.common.registration import (
     differentiate,
     dtypes_of,
     gradient_of_output,
+    in_strides_of,
     requested_gradients,
 )
 from convnext_kernels.ops.depthwise_conv.operator import filter_limits, filter_notes
@@ -114,8 +115,10 @@ class _DepthwiseConv2dLayerNorm(torch.autograd.Function):
     @gradient_of_output
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:5])
-        gradients = BACKWARD(grad_output, *ctx.saved_tensors, ctx.dilation, wanted, ctx.backend)
-        return (*requested_gradients(gradients, wanted, ctx.dtypes), None, None, None, None)
+        saved = ctx.saved_tensors  # once: checkpoints let nobody unpack them twice
+        gradients = BACKWARD(grad_output, *saved, ctx.dilation, wanted, ctx.backend)
+        grad_input, grad_weight, *vectors = requested_gradients(gradients, wanted, ctx.dtypes)
+        return grad_input, in_strides_of(saved[1], grad_weight), *vectors, None, None, None, None
 
 
 CALL = differentiate(FORWARD, _DepthwiseConv2dLayerNorm)
