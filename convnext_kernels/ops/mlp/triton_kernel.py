@@ -137,25 +137,27 @@ def fused_kernel(
             )
         if rstd_ptr is not None:
             tl.store(rstd_ptr + tile // CHANNELS + row, rstd, mask=t_mask)
+    step = tl.arange(0, BLOCK_H)
     for start in range(0, end, BLOCK_H):
-        h = start + tl.arange(0, BLOCK_H)
+        h = start + step
         h_mask = tl.full((BLOCK_H,), True, tl.int1) if HIDDEN % BLOCK_H == 0 else h < HIDDEN
-        line = h[None, :] * CHANNELS
+        # Each step has pointers of its own: with offsets of h 96 channels spill in the loop on sm_90.
+        first, second, line = weight1_ptr + start * CHANNELS, weight2_ptr + start, step[None, :] * CHANNELS
         activation = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
         # The fewer channels first: on sm_90 the last step's product is still reading its operand from registers too.
         if HIGH > 0:
-            weight = tl.load(weight1_ptr + line + high[:, None], mask=h_mask[None, :], other=0.0)
+            weight = tl.load(first + line + high[:, None], mask=h_mask[None, :], other=0.0)
             activation = tl.dot(input_high, weight, activation)
-        weight = tl.load(weight1_ptr + line + low[:, None], mask=h_mask[None, :], other=0.0)
+        weight = tl.load(first + line + low[:, None], mask=h_mask[None, :], other=0.0)
         activation = tl.dot(input_low, weight, activation)
         if bias1_ptr is not None:
             activation += tl.load(bias1_ptr + h, mask=h_mask, other=0.0).to(tl.float32)[None, :]
         # Behind the last hidden channel weights are 0: whatever the activation is there, it adds nothing.
         activated = gelu(activation, ACTIVATION).to(input_ptr.dtype.element_ty)
-        weight = tl.load(weight2_ptr + low[None, :] * HIDDEN + h[:, None], mask=h_mask[:, None], other=0.0)
+        weight = tl.load(second + low[None, :] * HIDDEN + step[:, None], mask=h_mask[:, None], other=0.0)
         sum_low = tl.dot(activated, weight, sum_low)
         if HIGH > 0:
-            weight = tl.load(weight2_ptr + high[None, :] * HIDDEN + h[:, None], mask=h_mask[:, None], other=0.0)
+            weight = tl.load(second + high[None, :] * HIDDEN + step[:, None], mask=h_mask[:, None], other=0.0)
             sum_high = tl.dot(activated, weight, sum_high)
     factor = None
     if order_ptr is not None:
