@@ -150,6 +150,8 @@ _REGISTER_OPERAND = re.compile(r"wgmma\.mma_async[^{;]*\{[^}]*\},\s*\{")
 
 def _describe(function: JITFunction, compiled: Any, log: str, case: Case, precision: str, architecture: int) -> Kernel:
     cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+    if "wgmma" in ptx and not log:
+        raise RuntimeError(f"{function.__name__} was compiled before: the assembler's log is lost")
     resources = _resources(cubin)
     spills_in_loops, overwritten = 0, short_rings(compiled.asm["ttgir"])
     spills, reads_registers = resources["STACK"] + resources["LOCAL"], _REGISTER_OPERAND.search(ptx)
