@@ -1,4 +1,7 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU Triton's kernels run in its interpreter, which must be chosen before Triton is imported.
+
+In a process that tests/ptx started they are compiled, and what comes out is run.
+"""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +10,16 @@ import interpreter
 import pytest
 import torch
 from emulator import emulated
+from ptx import running
 
 from convnext_kernels import parity
 
 EMULATED = emulated.LIBRARY in os.environ
 """Whether this process was started by tests/emulator, to run the CUDA kernels there."""
 
-if not torch.cuda.is_available():
+if running.chosen():
+    running.install()
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     interpreter.quicken()
 torch.set_num_threads(1)

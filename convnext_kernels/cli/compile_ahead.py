@@ -59,7 +59,7 @@ def compiling(architecture: int) -> Iterator[dict[str, tuple[Any, Any, float]]]:
     try:
         with (
             patch.object(JITFunction, "run", compile_only),
-            patch.object(backends, "machine_reasons", lambda *_: ()),
+            patch.object(backends, "machine_reasons", lambda *_, **__: ()),
             patch.object(torch.cuda, "get_device_capability", lambda _: divmod(architecture, 10)),
             backends.use_backend("triton"),
         ):

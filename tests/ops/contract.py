@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from ptx import running
 from support import (
     ACTIVATIONS,
     BACKENDS,
@@ -31,7 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convnext_kernels import parity
 from convnext_kernels.functional import OPERATORS
 
-INTERPRETED_DTYPES = (torch.float32, torch.float16)
+INTERPRETED_DTYPES = tuple(DTYPES) if running.chosen() else (torch.float32, torch.float16)
+"""Triton's interpreter multiplies bfloat16 as integers; what it compiles to is run for all."""
 
 BAD_INPUTS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "integers": (Tensor.int, TypeError, r"dtype torch.int32; accepted: float16, bfloat16, float32, float64"),
@@ -174,7 +176,7 @@ class Contract:
             ("triton", case, dtype)
             for dtype in INTERPRETED_DTYPES
             for case in parity.cases(self.operator, small=True)
-            if dtype == torch.float32 or self.cheap_float16 is None or case.name in self.cheap_float16
+            if dtype == torch.float32 or case.name in (self.cheap_float16 or [case.name]) or running.chosen()
         ]
         cuda = self.parity_calls(small=True) if "cuda" in BACKENDS else []
         return [*triton, *(("cuda", *call) for call in cuda if self.takes("cuda", *call))]
