@@ -104,7 +104,8 @@ def _depthwise_forward(size: int, residual: bool) -> Work:
     # Fragments meet a bank twice, of 8 loads and 4 stores in 16 accesses of a step; copies, of which one in five is for
     # images of more than one strip, once.
     loop = Loop(passes, conflicts=28 / 16, copies=lambda shape: 4 / 5)
-    return Work((loop,), bytes=6 if residual else 4, dynamic_shared=shared, matrix=True, slow=FORWARD_REASON)
+    slow = "" if size == 5 and residual else FORWARD_REASON
+    return Work((loop,), bytes=6 if residual else 4, dynamic_shared=shared, matrix=True, slow=slow)
 
 
 FORWARD_REASON = "on small maps the steps before a block's first outputs and after its last inputs weigh most"

@@ -42,6 +42,11 @@ class Instruction:
         return self.opcode.partition(".")[0]
 
     @property
+    def acts(self) -> bool:
+        """Whether it does more than take its turn: the assembler puts loads that never load before copies."""
+        return self.condition != "!PT"
+
+    @property
     def target(self) -> int:
         return int(re.findall(r"\b0x([0-9a-f]+)\b", self.operands)[-1], 16)
 

@@ -109,16 +109,17 @@ def pipe_clocks(
     instructions: Sequence[Instruction], device: Device, conflicts: float = 1, copies: float = 1
 ) -> dict[str, float]:
     """Clocks that each pipe of a multiprocessor needs for one warp's instructions; see `Loop`."""
+    acting = [instruction for instruction in instructions if instruction.acts]
 
     def lanes(opcodes: Sequence[str], per_clock: float) -> float:
-        return 32 * sum(_is(instruction, opcodes) for instruction in instructions) / per_clock
+        return 32 * sum(_is(instruction, opcodes) for instruction in acting) / per_clock
 
-    matrix = [instruction for instruction in instructions if _is(instruction, CATEGORIES["matrix"])]
+    matrix = [instruction for instruction in acting if _is(instruction, CATEGORIES["matrix"])]
     through_l1 = (*CATEGORIES["shared memory"], *CATEGORIES["global memory"], *CATEGORIES["shuffles"])
     return {
         "issue": len(instructions) / SCHEDULERS,
         "tensor": sum(MATRIX_FMAS[".".join(i.opcode.split(".")[:2])] for i in matrix) / device.matrix_fmas,
-        "shared": sum(_wavefronts(i, conflicts, copies) for i in instructions if _is(i, through_l1)),
+        "shared": sum(_wavefronts(i, conflicts, copies) for i in acting if _is(i, through_l1)),
         "fma": lanes(FMA, device.fma_lanes),
         "integer": lanes(INTEGER, INTEGER_LANES),
         "special": lanes(SPECIAL, SPECIAL_LANES),
@@ -213,7 +214,8 @@ def describe(source: str, code: MachineCode) -> Kernel:
     work = work_of(code.kernel)
     loop = main_loop(code, work.loops[0].marker, working=work.loops[0].working) if work else main_loop(code)
     body = loop.instructions + loop.inner
-    counts = {name: sum(_is(instruction, opcodes) for instruction in body) for name, opcodes in CATEGORIES.items()}
+    acting = [instruction for instruction in body if instruction.acts]
+    counts = {name: sum(_is(instruction, opcodes) for instruction in acting) for name, opcodes in CATEGORIES.items()}
     memory = (*CATEGORIES["shared memory"], *CATEGORIES["global memory"])
     return Kernel(
         source=source,
@@ -228,7 +230,7 @@ def describe(source: str, code: MachineCode) -> Kernel:
         loop=loop.found,
         local_memory=sum(_is(instruction, ("LDL", "STL")) for instruction in body),
         instructions={"all": len(body), **counts},
-        memory_instructions=dict(sorted(Counter(i.opcode for i in body if _is(i, memory)).items())),
+        memory_instructions=dict(sorted(Counter(i.opcode for i in acting if _is(i, memory)).items())),
         predicted=[_predict(code, work, shape) for shape in SHAPES if work.runs(shape)] if work else [],
     )
 

@@ -217,6 +217,15 @@ def test_clocks_of_the_pipes():
     assert h200["fma"] == 5 / 4 and h200["tensor"] == pytest.approx(4 / 2 / 0.62)
 
 
+def test_what_never_runs_takes_its_turn_and_nothing_else():
+    """Before copies to shared memory the assembler puts loads whose predicate is false."""
+    loop = ["LDS", "HMMA.16816.F32.BF16", "LDGSTS.E", "@P0 BRA 0x0", "EXIT"]
+    bare, filled = (code_of(*before, *loop) for before in ([], ["@!PT LDS"] * 3))
+    clocks, more = (pipe_clocks(code.instructions, DEVICES["90a"]) for code in (bare, filled))
+    assert more == {**clocks, "issue": clocks["issue"] + 3 / 4}
+    assert describe("a.cu", filled).memory_instructions == {"LDS": 1, "LDGSTS.E": 1}
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "threads", "architecture", "blocks"),
     [

@@ -45,7 +45,7 @@ def _arguments(function: Any, kernel: Any, args: tuple[Any, ...], kwargs: dict[s
 @contextmanager
 def running(architecture: int) -> Iterator[None]:
     """Within the context Triton's kernels run on tensors of the CPU as a GPU of the architecture would run them."""
-    from ptx.machine import launch
+    from ptx import machine
     from triton.runtime.jit import JITFunction
 
     from convnext_kernels.cli.compile_ahead import compiling
@@ -57,7 +57,7 @@ def running(architecture: int) -> Iterator[None]:
             kernel = compile_only(function, *args, grid=grid, warmup=warmup, **kwargs)
             blocks = [*(grid(kwargs) if callable(grid) else grid), 1, 1][:3]
             program = _program(kernel.hash, kernel.asm["ptx"])
-            launch(program, blocks, kernel.metadata.shared, _arguments(function, kernel, args, kwargs))
+            machine.launch(program, blocks, kernel.metadata.shared, _arguments(function, kernel, args, kwargs))
             return kernel
 
         with patch.object(JITFunction, "run", run):
