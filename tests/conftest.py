@@ -10,7 +10,7 @@ import interpreter
 import pytest
 import torch
 from emulator import emulated
-from ptx import running
+from ptx import cuda, running
 
 from convnext_kernels import parity
 
@@ -27,6 +27,8 @@ pytest.register_assert_rewrite("support", "contract", "legible", "small")
 
 if EMULATED:
     emulated.install()
+    if cuda.FOLDER in os.environ:
+        cuda.install()
 elif not torch.cuda.is_available():
     collect_ignore = ["ops/test_cuda_library.py"]
 

@@ -16,6 +16,19 @@ def _quotient(a: Array, b: Array) -> Array:
     return np.where((a % b != 0) & ((a < 0) != (b < 0)), a // b + 1, a // b).astype(a.dtype)
 
 
+def _bits(a: Array, start: Array, length: Array) -> Array:
+    """A field of bits, of a signed type with its sign."""
+    size = 8 * a.dtype.itemsize
+    left = (size - (start + length)).astype(a.dtype)
+    return (a << left) >> (size - length).astype(a.dtype)
+
+
+def _inserted(a: Array, b: Array, start: Array, length: Array) -> Array:
+    """b with a field of its bits replaced by the last ones of a."""
+    field = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1) << start.astype(np.uint64)).astype(b.dtype)
+    return b & ~field | a << start.astype(a.dtype) & field
+
+
 FLOAT: dict[str, Callable[..., Array]] = {
     "abs": np.abs,
     "add": np.add,
@@ -42,12 +55,14 @@ INTEGER: dict[str, Callable[..., Array]] = {
     "abs": np.abs,
     "add": np.add,
     "and": np.bitwise_and,
-    "bfe": lambda a, start, length: _bits(a, start, length),
+    "bfe": _bits,
+    "bfi": _inserted,
     "div": _quotient,
     "mad.lo": lambda a, b, c: a * b + c,
     "max": np.maximum,
     "min": np.minimum,
     "mov": lambda a: a,
+    "mul.hi": lambda a, b: (a.astype(np.int64) * b >> 32).astype(a.dtype),
     "mul.lo": np.multiply,
     "neg": np.negative,
     "not": np.invert,
@@ -70,13 +85,6 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "gtu": lambda a, b: ~(a <= b),
     "geu": lambda a, b: ~(a < b),
 }
-
-
-def _bits(a: Array, start: Array, length: Array) -> Array:
-    """A field of bits, of a signed type with its sign."""
-    size = 8 * a.dtype.itemsize
-    left = (size - (start + length)).astype(a.dtype)
-    return (a << left) >> (size - length).astype(a.dtype)
 
 
 def _shift(a: Array, by: Array, left: bool) -> Array:
@@ -122,8 +130,12 @@ def _compute_float(instruction: Instruction) -> tuple[list[Read], Compute]:
 
 def _compute_integer(instruction: Instruction) -> tuple[list[Read], Compute]:
     name, *modifiers, kind = instruction.parts
-    operation = INTEGER[".".join([name, *(m for m in modifiers if m == "lo")])]
-    kinds = [kind, "u32", "u32"] if name == "bfe" else [kind] * (len(instruction.operands) - 1)
+    operation = INTEGER[".".join([name, *(m for m in modifiers if m in ("lo", "hi"))])]
+    kinds = [kind] * (len(instruction.operands) - 1)
+    if name in ("bfe", "bfi"):
+        kinds[-2:] = ["u32", "u32"]
+    if "hi" in modifiers and kind not in ("s32", "u32"):
+        raise NotImplementedError(instruction.text)
     return _readers(instruction, kinds), lambda values: operation(*values)
 
 
@@ -185,6 +197,8 @@ def compute(instruction: Instruction) -> tuple[list[Read], Compute]:
     kind = modifiers[-1]
     if name == "cvt":
         return _converted(instruction)
+    if name == "cvta":  # of a tensor's address, which is the same everywhere
+        return _readers(instruction, [kind]), lambda values: values[0]
     if name in ("mul", "mad") and "wide" in modifiers:
         return _wide(instruction)
     if name in ("shl", "shr"):

@@ -5,15 +5,10 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-
-Array = np.ndarray[Any, Any]
-
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-"""By bytes of an element."""
+from ptx.values import UNSIGNED, Array
 
 
 class Fault(RuntimeError):

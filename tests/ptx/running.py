@@ -31,9 +31,10 @@ def install() -> None:
 
 @cache
 def _program(hash: str, ptx: str) -> Any:
-    from ptx.program import parse
+    from ptx.program import kernels
 
-    return parse(ptx)
+    (program,) = kernels(ptx)
+    return program
 
 
 def _arguments(function: Any, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

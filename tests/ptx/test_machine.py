@@ -1,11 +1,13 @@
 """The machine itself: its instructions do what PTX says, and it finds every planted fault and none in right code."""
 
+from textwrap import dedent
+
 import numpy as np
 import pytest
 import torch
 from ptx.machine import launch
 from ptx.memory import Fault
-from ptx.program import parse
+from ptx.program import kernels
 from ptx.values import narrow, round_to_tf32
 
 THREADS = 64
@@ -18,7 +20,7 @@ def run(body, *tensors, threads=THREADS, shared=1024, blocks=1):
     registers = ".reg .pred %p<9>;\n.reg .b16 %rs<9>;\n.reg .b32 %r<99>;\n.reg .b64 %rd<99>;"
     start = f"{loads}\nmov.u32 %r0, %tid.x;"
     ptx = f".visible .entry kernel(\n{parameters}\n)\n.reqntid {threads}\n{{\n{registers}\n{start}\n{body}\nret;\n}}\n"
-    launch(parse(ptx), (blocks, 1, 1), shared, tensors)
+    launch(*kernels(ptx), (blocks, 1, 1), shared, tensors)
 
 
 def of_threads(function, dtype=torch.int32):
@@ -51,6 +53,14 @@ def computed(instructions, values, dtype=torch.int32):
         ("bfe.s32 %r2, %r1, 4, 1;", [16, 32], [-1, 0]),
         ("prmt.b32 %r2, %r1, 0x44332211, 0x5140U;", [0x0D0C0B0A], [0x220B110A]),
         ("prmt.b32 %r2, %r1, 0, 0xAU;", [0x00800000], [0xFF]),
+        ("bfi.b32 %r2, %r1, -1, 4, 8;", [0x3FF, 0xA5], [-1, 0xFFFFFA5F - 2**32]),
+        ("mul.hi.s32 %r2, %r1, 1431655766;", [9, -9], [3, -4]),
+        (
+            "cvt.s64.s32 %rd2, %r1; cvt.u64.u32 %rd3, %rd2; shr.u64 %rd3, %rd3, 4; cvt.u32.u64 %r2, %rd3;",
+            [-1],
+            [2**28 - 1],
+        ),
+        ("not.b32 %r2, %r1;", [0, -1], [-1, 0]),
         ("max.s32 %r2, %r1, 3;", [-1, 5], [3, 5]),
         ("setp.lt.u32 %p1, %r1, 3; selp.b32 %r2, 10, 20, %p1;", [-1, 2], [20, 10]),
         ("mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r2, {%rs2, %rs1};", [0x00010002], [0x00020001]),
@@ -126,6 +136,8 @@ def test_shuffles_and_sums_of_a_warp():
     assert torch.equal(result, of_threads(lambda thread: thread ^ 5))
     run(f"{LOAD} shfl.sync.idx.b32 %r2, %r1, 3, 31, -1; {STORE}", values, result)
     assert torch.equal(result, of_threads(lambda thread: thread // 32 * 32 + 3))
+    run(f"{LOAD} mov.b32 %r7, 6175; shfl.sync.bfly.b32 %r2|%p1, %r1, 12, %r7, -1; {STORE}", values, result)
+    assert torch.equal(result, of_threads(lambda thread: thread ^ 12 if thread & 8 else thread))
     run(f"{LOAD} redux.sync.add.s32 %r2, %r1, -1; {STORE}", values, result)
     assert torch.equal(result, of_threads(lambda thread: sum(range(thread // 32 * 32, thread // 32 * 32 + 32))))
 
@@ -184,6 +196,46 @@ def test_matrices_of_shared_memory(transposed):
     run(body, given.view(torch.int32).flatten().contiguous(), result, plain, threads=32)
     assert torch.equal(result.view(torch.int16).view(8, 8), matrix)
     assert torch.equal(plain.view(torch.int16).view(8, 8), given)
+
+
+def test_a_barrier_that_tells_of_any_thread_of_a_block():
+    body = f"{LOAD} setp.eq.s32 %p1, %r1, 192; bar.red.or.pred %p2, 0, %p1; selp.b32 %r2, 1, 0, %p2; {STORE}"
+    values, result = torch.arange(0, 6 * THREADS, 3, dtype=torch.int32), torch.empty(2 * THREADS, dtype=torch.int32)
+    in_grid = "mov.u32 %r6, %ctaid.x; mad.lo.s32 %r0, %r6, 64, %r0;"
+    run(f"{in_grid} {body}", values, result, blocks=2)
+    assert torch.equal(result, torch.arange(2 * THREADS, dtype=torch.int32) // THREADS)
+
+
+def test_copies_that_a_predicate_turns_off():
+    values, result = of_threads(lambda thread: 3 * thread), torch.empty(THREADS, dtype=torch.int32)
+    copy = COPY.replace("0x4;", "4, off;")
+    assembly = f"// begin inline asm\n{{\n.reg .pred off;\nsetp.gt.s32 off, %r0, 2;\n{copy}\n}}\n// end inline asm\n"
+    run(f"{LOAD}\n{assembly} cp.async.wait_all; ld.shared.b32 %r2, [%r3]; {STORE}", values, result)
+    assert torch.equal(result, of_threads(lambda thread: 3 * thread if thread < 3 else 0))
+
+
+def test_parameters_and_shared_memory_by_name():
+    """As nvcc writes them: structs, sizes, and memory without a size behind the rest."""
+    (program,) = kernels(
+        dedent("""
+    .extern .shared .align 16 .b8 dynamic[];
+    .entry kernel(
+        .param .u32 kernel_param_0,
+        .param .align 8 .b8 kernel_param_1[24]
+    )
+    .maxntid 64, 1, 1
+    .minnctapersm 2
+    {
+        .reg .b32 %r<9>;
+        .shared .align 4 .b8 first[20];
+        .shared .align 8 .b8 second[8];
+        ret;
+    }
+    """)
+    )
+    assert program.parameters.places == {"kernel_param_0": 0, "kernel_param_1": 8} and program.parameters.bytes == 32
+    assert program.shared.places == {"first": 0, "second": 24} and program.shared.bytes == 32
+    assert program.threads == 64 and [step.name for step in program.instructions] == ["ret"]
 
 
 PUT = "shl.b32 %r3, %r0, 2; st.shared.b32 [%r3], %r1;"

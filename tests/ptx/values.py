@@ -24,6 +24,9 @@ KINDS: dict[str, Any] = {
 }
 """What NumPy calls the types of PTX."""
 
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+"""By bytes of an element."""
+
 FLOATS = ("f16", "bf16", "f32", "f64")
 
 
@@ -61,12 +64,18 @@ def _constant(text: str, kind: str) -> Array:
 
 
 def reader(operand: Any, kind: str) -> Read:
-    """What reads a register, a number or the address of shared memory, which is 0, as a type."""
+    """What reads a register, a number or the address of a symbol as a type."""
     dtype = np.dtype(KINDS[kind])
     if operand.startswith("%"):
-        return lambda machine: machine.registers[operand].view(dtype)
+
+        def read(machine: Machine) -> Array:
+            bits = machine.registers[operand]
+            if bits.itemsize != dtype.itemsize:  # an instruction may read the lower half of a register
+                bits = bits.astype(UNSIGNED[dtype.itemsize])
+            return bits.view(dtype)
+
+        return read
     if operand[0].isdigit() or operand[0] == "-":
         constant = _constant(operand, kind)
         return lambda machine: constant
-    zero = np.zeros((), dtype)
-    return lambda machine: zero
+    return lambda machine: np.array(machine.symbol(operand), dtype)
