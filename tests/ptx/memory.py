@@ -56,7 +56,10 @@ class GlobalMemory:
         """Values [addresses, many]; `load`'s opposite."""
         width, many = values.itemsize, values.shape[1]
         for elements, chosen, indices in self._places(addresses, width, many):
-            elements[indices[:, None] + np.arange(many)] = values[chosen]
+            places = indices[:, None] + np.arange(many)
+            elements[places] = values[chosen]
+            if (elements[places] != values[chosen]).any():
+                raise Fault("race: threads write different values to one place of a tensor at once")
 
 
 @dataclass

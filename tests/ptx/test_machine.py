@@ -258,6 +258,10 @@ FAULTS = {
     ),
     "copied too early": (f"{PUT} bar.sync 0; {OTHERS} {COPY}", "race: writes what another warp read"),
     "same place": ("mov.b32 %r2, %r1; mov.b32 %r3, 0; st.shared.b32 [%r3], %r0;", "race: two warps write different"),
+    "same element": (
+        "mov.b32 %r2, %r1; st.global.b32 [ %rd1 + 0 ], { %r0 };",
+        "race: threads write different values to",
+    ),
     "no wait": (f"{COPY} cp.async.commit_group; bar.sync 0; {OTHERS}", "missing wait: reads what a copy"),
     "wait for the other": (
         f"{COPY} cp.async.commit_group; cp.async.wait_group 1; bar.sync 0; {OTHERS}",
