@@ -55,7 +55,7 @@ PRODUCTS = ("mlp", "patch_linear", "convnext_block")
 """Operators that multiply matrices: only they differ between float32 and tf32."""
 
 AUTOCAST = ("96 channels", "GRN", "96 to 192 channels", "1024 channels")
-"""Calls that are also made with float32 parameters beside 16-bit images."""
+"""Calls that are also made with float32 parameters beside 16-bit images; those that concern autocast are too."""
 
 PRODUCT_KERNELS = ("common.matmul_kernel", "mlp.fused_kernel")
 
@@ -276,6 +276,10 @@ def _block_cases(channels: Iterable[int], quick: bool) -> list[Case]:
     return [
         *cases,
         case("96 channels, saved", 96, v1, recompute_hidden=False),
+        *(
+            case(f"{width} channels, float32 residual", width, v1, float32_residual=True)
+            for width in (96, 128, 192, 384)
+        ),
         case("GRN", 96, v2),
         case("no drop path", 96, (*biases, "layer_scale"), **recompute),
         case("no bias, affine, scale or drop path", 96, (), **recompute),
@@ -320,6 +324,10 @@ def _call(case: Case, dtype: torch.dtype, quick: bool, autocast: bool = False) -
             output.backward(torch.empty_like(output))
 
 
+def _is_for_autocast(case: Case) -> bool:
+    return case.name in AUTOCAST or "float32_residual" in case.options
+
+
 @contextmanager
 def _programs(few: bool) -> Iterator[None]:
     """Within the context products are launched as with few tokens, or as with many, whatever there are."""
@@ -339,7 +347,7 @@ def compile_all(architecture: int, precision: str, operators: Iterable[str], qui
             for few in (False, True) if case.operator in PRODUCTS else (False,):
                 with _programs(few):
                     _call(case, dtype, quick)
-                    if not quick and dtype != torch.float32 and case.name in AUTOCAST:
+                    if not quick and dtype != torch.float32 and _is_for_autocast(case):
                         _call(case, dtype, quick, autocast=True)
             for function, kernel, seconds in [compiled[key] for key in compiled if key not in known]:
                 kernels.append((_describe(function, kernel, logs[kernel.hash], case, precision, architecture), seconds))

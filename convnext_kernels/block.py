@@ -63,11 +63,12 @@ class ConvNeXtBlock(ReferenceBlock):
         conv_bias: whether the depthwise convolution has a bias.
         recompute_hidden: save no pre-activation for backward, which then computes it again; None: where that is
             predicted to be faster, see `functional.convnext_block`.
+        float32_residual: under autocast the skip connection and the result are float32; see there too.
         backend: "auto", "cuda", "triton" or "reference"; None takes that of `use_backend` at each call.
 
     Shapes: [N, C, H, W] to the same, any H and W. Channels-last memory is native, contiguous NCHW is converted, the
     result is channels-last. Input float16, bfloat16, float32 or float64 (reference backend only), parameters float32 or
-    the input's dtype. Under autocast the result has autocast's dtype.
+    the input's dtype. Under autocast the result has autocast's dtype, unless `float32_residual`.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was got and what is accepted. Calls raise what
@@ -90,6 +91,7 @@ class ConvNeXtBlock(ReferenceBlock):
         activation: str = "gelu",
         conv_bias: bool = True,
         recompute_hidden: bool | None = None,
+        float32_residual: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
@@ -105,6 +107,7 @@ class ConvNeXtBlock(ReferenceBlock):
             conv_bias=conv_bias,
         )
         self.recompute_hidden = recompute_hidden
+        self.float32_residual = float32_residual
         self.backend = None if backend is None else check_backend(backend)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -136,5 +139,6 @@ class ConvNeXtBlock(ReferenceBlock):
             grn_eps=1e-6 if grn is None else grn.eps,
             activation=self.activation,
             recompute_hidden=self.recompute_hidden,
+            float32_residual=self.float32_residual,
             backend=self.backend,
         )

@@ -44,7 +44,7 @@ class ConvNeXt(ReferenceConvNeXt):
         isotropic: one stage behind a 16x16 stem in place of stages at strides 4, 8, 16, 32.
         out_indices: stages whose normalised maps are returned, increasing, for detection and segmentation; there is
             then no classifier, and one norm `norm{i}` for each of these stages.
-        recompute_hidden: of the blocks; see `ConvNeXtBlock`.
+        recompute_hidden, float32_residual: of the blocks; see `ConvNeXtBlock`.
 
     Shapes: [N, in_chans, H, W] to logits [N, num_classes]; with num_classes=0 to features [N, dims[-1]]; with
     out_indices to a list of [N, dims[i], H_i, W_i], channels-last. H and W need not be divisible by 32: each
@@ -64,11 +64,14 @@ class ConvNeXt(ReferenceConvNeXt):
     norm_type = _LayerNorm2d
     patch_type = _PatchConv2d
 
-    def __init__(self, *args: Any, recompute_hidden: bool | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, recompute_hidden: bool | None = None, float32_residual: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, ConvNeXtBlock):
                 module.recompute_hidden = recompute_hidden
+                module.float32_residual = float32_residual
 
     def forward_features(self, input: Tensor) -> Tensor | list[Tensor]:
         """The network without its classifier: features [N, dims[-1]]; with `out_indices` a list of normalised maps."""

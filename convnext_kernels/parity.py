@@ -192,6 +192,7 @@ def _convnext_block(
     grn_eps: float = 1e-6,
     activation: str = "gelu",
     recompute_hidden: bool | None = None,  # changes what is saved, and no value
+    float32_residual: bool = False,  # concerns autocast alone
 ) -> Tensor:
     norm = (norm_weight, norm_bias)
     return _mlp(

@@ -15,7 +15,7 @@ from convnext_kernels.accelerate.swap import Swapped, restore_obstacle, swap, un
 __all__ = ["Report", "accelerate", "restore"]
 
 
-def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
+def accelerate(model: nn.Module, *, filter: Filter | None = None, float32_residual: bool = False) -> Report:
     """Lets every ConvNeXt block of a model, and the layer norms beside its stem's and downsampling convolutions, run
     our kernels, in place.
 
@@ -29,12 +29,13 @@ def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
     torch.fx.symbolic_trace and torch.jit.trace work; torch.jit.script restores what it compiles, with a warning. Drop
     path is drawn by the host's own module, so that a seed gives the same masks. While hooks, parametrisations, other
     modules or other attributes (of convolutions, GELU, dropout) lie in a block, its host's forward runs, with a
-    warning. Under autocast, blocks that follow each other hand on 16-bit tensors; the last of a row returns float32, as
-    the host's do.
+    warning. Under autocast, blocks that follow each other hand on 16-bit tensors, and the last of a row returns
+    float32, as the host's do; with `float32_residual` all of them do, as all of the host's.
 
     Args:
         model: any module that has such blocks, or is one.
         filter: called with the name and module of each block or norm; where it returns false that one is left alone.
+        float32_residual: of the blocks that are converted, see `functional.convnext_block`.
 
     Returns:
         The names of what was converted; of blocks that were not, with the reasons.
@@ -52,7 +53,7 @@ def accelerate(model: nn.Module, *, filter: Filter | None = None) -> Report:
     plan = {name: step for name, step in blocks.items() if isinstance(step, Step)}
     if plan or ALREADY in skipped.values():
         plan.update(plan_norms(model, blocks, filter))
-    _carry_out(plan.values())
+    _carry_out(plan.values(), float32_residual)
     _chain(model)
     report = Report(tuple(plan), skipped, {name: step.host for name, step in plan.items()})
     if not plan and set(skipped.values()) != {ALREADY}:
@@ -85,12 +86,13 @@ def restore(model: nn.Module) -> tuple[str, ...]:
     return tuple(swapped)
 
 
-def _carry_out(steps: Iterable[Step]) -> None:
+def _carry_out(steps: Iterable[Step], float32_residual: bool) -> None:
     """Makes all swaps or none."""
     done: list[Swapped] = []
     try:
         for step in steps:
             done.append(swap(step.module, step.kind, step.wiring))
+            done[-1].float32_residual = float32_residual
     except BaseException:
         for module in done:
             unswap(module)

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from convnext_kernels import functional
 from convnext_kernels.accelerate.adapters import BlockAdapter
-from convnext_kernels.accelerate.swap import Swapped, as_host, autocast_dtype
+from convnext_kernels.accelerate.swap import Swapped, as_host
+from convnext_kernels.ops.common.checks import autocast_dtype
 from convnext_kernels.parameters import parameter_of
 
 GRN_EPS = 1e-6
@@ -146,16 +147,19 @@ class AcceleratedBlock(Swapped):
             if not torch.compiler.is_compiling():  # a warning would break the graph
                 _warn_host_forward(type(self).__name__, change)
             return super().forward(input)
-        return wired_forward(self, self.wiring, input, self.chained)
+        return wired_forward(self, self.wiring, input, self.chained, self.float32_residual)
 
 
-def wired_forward(block: nn.Module, wiring: Wiring, input: Tensor, chained: bool = False) -> Tensor:
+def wired_forward(
+    block: nn.Module, wiring: Wiring, input: Tensor, chained: bool = False, float32_residual: bool = False
+) -> Tensor:
     """What a host's block computes, by our operator; checkpointed where the host does it."""
     arguments = block_arguments(block, wiring, input)
     adapter = wiring.adapter
+    options = chained, adapter.follows_input, float32_residual
     if adapter.checkpoint and getattr(block, adapter.checkpoint, False) and input.requires_grad:
-        return checkpoint(run_block, input, arguments, chained, adapter.follows_input, use_reentrant=False)
-    return run_block(input, arguments, chained, adapter.follows_input)
+        return checkpoint(run_block, input, arguments, *options, use_reentrant=False)
+    return run_block(input, arguments, *options)
 
 
 class BlockArguments(NamedTuple):
@@ -238,11 +242,14 @@ def flattened(arguments: BlockArguments) -> dict[str, Any]:
 
 @torch.jit.ignore
 @torch.fx.wrap
-def run_block(input: Tensor, arguments: BlockArguments, chained: bool, follows_input: bool) -> Tensor:
+def run_block(
+    input: Tensor, arguments: BlockArguments, chained: bool, follows_input: bool, float32_residual: bool
+) -> Tensor:
     """`functional.convnext_block` with a host's shapes of parameters, in the host's dtype and layout of the result.
 
     The script of an fx graph calls back to it, and therefore cannot be saved.
     """
-    output = as_host(functional.convnext_block(input, **flattened(arguments)), input, chained)
+    output = functional.convnext_block(input, **flattened(arguments), float32_residual=float32_residual)
+    output = as_host(output, input, chained)
     images = follows_input and input.is_contiguous() and not input.is_contiguous(memory_format=torch.channels_last)
     return output.contiguous() if images else output

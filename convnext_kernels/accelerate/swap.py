@@ -6,10 +6,9 @@ import types
 import warnings
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from convnext_kernels.ops.common.checks import AUTOCAST_DEVICES
+from convnext_kernels.ops.common.checks import autocast_dtype
 
 
 class Swapped(nn.Module):
@@ -22,6 +21,7 @@ class Swapped(nn.Module):
         wiring: what the forward needs to know of the host.
         chained: under autocast the result keeps the 16-bit dtype, because another of our modules or a convolution
             takes it next; otherwise it is float32, as the host's is.
+        float32_residual: a block's skip connection and result are float32 under autocast, chained or not.
         folded: the parameters have been folded; the host's forward would compute something else with them.
     """
 
@@ -29,6 +29,7 @@ class Swapped(nn.Module):
     host_class: ClassVar[type[nn.Module]]
     wiring: Any
     chained: bool
+    float32_residual: bool
     folded: bool = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -80,14 +81,15 @@ def swap(module: nn.Module, kind: type[Swapped], wiring: Any = None) -> Swapped:
     """Gives a module the forward of `kind`; returns the module."""
     swapped = cast(Swapped, module)
     swapped.__class__ = swapped_class(kind, type(module))
-    swapped.__dict__.update(wiring=wiring, chained=False)
+    swapped.__dict__.update(wiring=wiring, chained=False, float32_residual=False)
     return swapped
 
 
 def unswap(module: Swapped) -> None:
     """Gives a module its own class back, whose forward and attributes it then has."""
     module.__class__ = module.host_class  # type: ignore[assignment]
-    del module.__dict__["wiring"], module.__dict__["chained"]
+    for name in ("wiring", "chained", "float32_residual"):
+        del module.__dict__[name]
 
 
 def restore_obstacle(module: Swapped) -> str | None:
@@ -97,14 +99,6 @@ def restore_obstacle(module: Swapped) -> str | None:
         return "has been folded by fold_, and its host's forward needs its parameters as they were"
     if cls is not swapped_class(cls.kind, cls.host_class):
         return f"has been made a {cls.__name__} since"
-    return None
-
-
-def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to these activations; None where it is off."""
-    device = input.device.type
-    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
     return None
 
 

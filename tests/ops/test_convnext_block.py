@@ -9,6 +9,7 @@ from support import (
     DTYPES,
     OperatorCalls,
     arguments_of,
+    assert_accurate,
     assert_far_images_are_right,
     assert_parity,
     assert_same,
@@ -54,6 +55,32 @@ class TestBlock(Contract):
             Case("convnext_block", "V2", {**every, **grn}),
             Case("convnext_block", "weights alone", {**image, **matrices}, dict.fromkeys(ABSENT)),
         ]
+
+    @pytest.mark.parametrize(("images", "channels"), [(torch.float32, 32), (torch.float16, 5)])
+    def test_float32_residual(self, example, backend, images, channels):
+        """Under autocast, to the accuracy of PyTorch where its sum is float32; 32 channels are one Triton kernel."""
+        example = self.resized(example, channels=channels)
+        arguments = arguments_of(example, images, parameters=torch.float32, device=device_of(backend))
+        exact = evaluate(self.definition, with_dtype(arguments, torch.float64))
+        halves = with_dtype(without_gradients(arguments), torch.float16)
+        branch = self.definition(**halves).float() - halves["input"].float()
+        with torch.autocast(arguments["input"].device.type, torch.float16):
+            output = self.on(backend, float32_residual=True)(**{**arguments, "recompute_hidden": channels == 32})
+        ours = evaluate(lambda **_: output, arguments)
+        assert output.dtype == torch.float32 and output.is_contiguous(memory_format=torch.channels_last)
+        assert ours["grad input"].dtype == images
+        # The branch alone is rounded; what is added to it is not.
+        rounding = torch.finfo(torch.float16).eps * branch.abs().max()
+        assert (ours["output"].double() - exact["output"]).abs().max() <= 4 * rounding
+        theirs = evaluate(self.definition, with_dtype(arguments, torch.float16))
+        for results in (ours, theirs, exact):
+            results.pop("output")
+        assert_accurate(ours, theirs, exact, torch.float16)
+
+    def test_float32_residual_rests_without_autocast(self, example):
+        arguments = arguments_of(example, torch.bfloat16)
+        with_it, without = (self.on("reference", float32_residual=keeps) for keeps in (True, False))
+        assert_same(evaluate(with_it, arguments), evaluate(without, arguments))
 
     def test_is_its_two_halves(self, example):
         given = arguments_of(example, torch.float64)

@@ -64,9 +64,15 @@ def check_eval_mode(model: nn.Module) -> None:
             raise ValueError(f"model: `{name or 'model'}` is in training mode; accepted: a model after model.eval()")
 
 
-def autocast(input: Tensor) -> Tensor:
-    """Casts activations to autocast's dtype where it is on: 16-bit in and out, float32 inside the kernels."""
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to these activations; None where it is off."""
     device = input.device.type
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        return input.to(torch.get_autocast_dtype(device))
-    return input
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def autocast(input: Tensor) -> Tensor:
+    """Casts activations to autocast's dtype where it is on: 16-bit in and out, float32 inside the kernels."""
+    dtype = autocast_dtype(input)
+    return input if dtype is None else input.to(dtype)

@@ -53,6 +53,7 @@ def _fake_forward(
     drop_path_factor: Tensor | None,
     grn_weight: Tensor | None,
     grn_bias: Tensor | None,
+    residual: Tensor | None,
     dilation: int,
     eps: float,
     grn_eps: float,
@@ -61,12 +62,13 @@ def _fake_forward(
     save: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
+    output = empty_like(input if residual is None else residual)
     if not save:
-        return empty_like(input), *(nothing(input) for _ in range(5))
+        return output, *(nothing(input) for _ in range(5))
     batch, channels, height, width = input.shape
     hidden, statistics = weight1.shape[0], statistics_dtype(input)
     return (
-        empty_like(input),
+        output,
         empty_like(input),
         input.new_empty(batch * height * width, dtype=statistics),
         input.new_empty((hidden, channels)),
@@ -96,6 +98,7 @@ def _fake_backward(
     dilation: int,
     grn_eps: float,
     activation: str,
+    skips: bool,
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -115,10 +118,10 @@ FORWARD = define(
     "forward",
     "(Tensor input, Tensor conv_weight, Tensor? conv_bias, Tensor? norm_weight, Tensor? norm_bias, Tensor weight1,"
     " Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? layer_scale, Tensor? drop_path_factor, Tensor? grn_weight,"
-    " Tensor? grn_bias, int dilation, float eps, float grn_eps, str activation, bool? recompute_hidden, bool save,"
-    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? grn_bias, Tensor? residual, int dilation, float eps, float grn_eps, str activation,"
+    " bool? recompute_hidden, bool save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    limits=lambda input, conv_weight, *others: _limits_of(input, conv_weight, others[11]),
+    limits=lambda input, conv_weight, *others: _limits_of(input, conv_weight, others[12]),
     notes=lambda input, *_: {"cuda": filter_notes(input)["cuda"] + channel_notes(input)["cuda"]},
 )
 
@@ -129,7 +132,7 @@ BACKWARD = define(
     "(Tensor grad_output, Tensor input, Tensor normalized, Tensor rstd, Tensor folded_weight1, Tensor folded_bias1,"
     " Tensor? pre_activation, Tensor conv_weight, Tensor? norm_weight, Tensor? norm_bias, Tensor weight1,"
     " Tensor weight2, Tensor? bias2, Tensor? layer_scale, Tensor? drop_path_factor, Tensor? grn_weight,"
-    " Tensor? grn_bias, int dilation, float grn_eps, str activation, bool[] wanted, str backend)"
+    " Tensor? grn_bias, int dilation, float grn_eps, str activation, bool skips, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_backward,
     limits=lambda grad_output, input, *others: _limits_of(input, others[5], others[15]),
@@ -153,6 +156,7 @@ class _Block(torch.autograd.Function):
         drop_path_factor: Tensor | None,
         grn_weight: Tensor | None,
         grn_bias: Tensor | None,
+        residual: Tensor | None,
         dilation: int,
         eps: float,
         grn_eps: float,
@@ -167,27 +171,32 @@ class _Block(torch.autograd.Function):
         layers = (weight1, bias1, weight2, bias2, layer_scale)
         options = (dilation, eps, grn_eps, activation, recompute_hidden)
         output, *saved = below_autograd(
-            FORWARD, input, *conv, *norm, *layers, drop_path_factor, *grn, *options, True, backend
+            FORWARD, input, *conv, *norm, *layers, drop_path_factor, *grn, residual, *options, True, backend
         )
         pre_activation = None if recompute_hidden else saved[-1]
         branch = (weight1, weight2, bias2, layer_scale, drop_path_factor)
         ctx.save_for_backward(input, *saved[:-1], pre_activation, conv_weight, *norm, *branch, *grn)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
-        ctx.options, ctx.backend = (dilation, grn_eps, activation), backend
+        ctx.options, ctx.backend = (dilation, grn_eps, activation, residual is None), backend
         ctx.dtypes = dtypes_of(input, *conv, *norm, *layers, *grn)
         return output, *saved
 
     @staticmethod
     @gradient_of_output
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [*ctx.needs_input_grad[:10], *ctx.needs_input_grad[11:13]]
+        needs = ctx.needs_input_grad
+        wanted = [needs[0] or needs[13], *needs[1:10], *needs[11:13]]
         saved = ctx.saved_tensors  # once: checkpoints let nobody unpack them twice
         gradients = BACKWARD(grad_output, *saved, *ctx.options, wanted, ctx.backend)
         requested = requested_gradients(gradients, wanted, ctx.dtypes)
         grad_input, grad_filter, *branch, grad_grn_weight, grad_grn_bias = requested
         grad_filter = in_strides_of(saved[6], grad_filter)
-        return grad_input, grad_filter, *branch, None, grad_grn_weight, grad_grn_bias, *(None,) * 7
+        grad_residual = None
+        if needs[13] and grad_input is not None:  # the residual is what the input has been cast from
+            grad_residual = grad_input + grad_output
+            grad_input = None
+        return grad_input, grad_filter, *branch, None, grad_grn_weight, grad_grn_bias, grad_residual, *(None,) * 7
 
 
 CALL = differentiate(FORWARD, _Block)

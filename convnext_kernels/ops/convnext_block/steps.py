@@ -84,6 +84,7 @@ class Steps:
         drop_path_factor: Tensor | None,
         grn_weight: Tensor | None,
         grn_bias: Tensor | None,
+        residual: Tensor | None,
         dilation: int,
         eps: float,
         grn_eps: float,
@@ -93,8 +94,9 @@ class Steps:
     ) -> tuple[Tensor, ...]:
         """Output, and where `save` asks for them x^, rstd, folded weight1, folded bias1 and the pre-activation.
 
-        Without `save` the norm's affine is not folded: at batch 1 that would be most of the traffic. The pre-activation
-        is not saved where `recompute_hidden` says so.
+        The branch is added to the residual, in its dtype, or where there is none to the input. Without `save` the
+        norm's affine is not folded: at batch 1 that would be most of the traffic. The pre-activation is not saved where
+        `recompute_hidden` says so.
         """
         norm: tuple[Tensor | None, Tensor | None] = (norm_weight, norm_bias)
         layer1: tuple[Tensor, Tensor | None] = (weight1, bias1)
@@ -102,7 +104,8 @@ class Steps:
         if save:
             folded = self.fold(weight1, bias1, *norm, input)
             norm, layer1 = (None, None), folded
-        layer2, grn = (weight2, bias2, layer_scale, drop_path_factor, input), (grn_weight, grn_bias, grn_eps)
+        skip = input if residual is None else residual
+        layer2, grn = (weight2, bias2, layer_scale, drop_path_factor, skip), (grn_weight, grn_bias, grn_eps)
         saves_hidden = save and not recompute_hidden
         normalized, rstd, pre_activation = nothing(input), nothing(input), nothing(input)
         if not saves_hidden and self.takes_one_kernel(input, grn_weight):
@@ -144,13 +147,15 @@ class Steps:
         dilation: int,
         grn_eps: float,
         activation: str,
+        skips: bool,
         wanted: list[bool],
     ) -> tuple[Tensor, ...]:
         """Gradients of input, conv_weight, conv_bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2,
         layer_scale, grn_weight and grn_bias, the parameters' in float32; `mlp`'s backward, `unfold`, that of the norm
-        of x^ and that of the convolution, which also adds the gradient that came past the block.
+        of x^ and that of the convolution, which also adds the gradient that came past the block where the input `skips`
+        it.
         """
-        grad_output = from_channels_last(to_channels_last(grad_output))  # once for all that read it
+        grad_output = from_channels_last(to_channels_last(grad_output.to(input.dtype)))  # once for all that read it
         wants_input, wants_fold = any(wanted[:3]), any(wanted[3:6])
         wants_mlp = [wants_input, wants_fold, wants_fold or wanted[6], *wanted[7:]]
         grad_normalized, grad_weight1, grad_bias1, *others = self.mlp.backward(
@@ -165,8 +170,9 @@ class Steps:
             grad_convolved, *_ = self.layer_norm.backward(
                 grad_normalized, normalized, None, None, rstd, [True, False, False], drop_path_factor
             )
+            past = grad_output if skips else None
             grad_conv = self.depthwise_conv.backward(
-                grad_convolved, input, conv_weight, dilation, wanted[:3], drop_path_factor, grad_output
+                grad_convolved, input, conv_weight, dilation, wanted[:3], drop_path_factor, past
             )
         gradients = (*grad_conv, *grad_fold, grad_bias1, *others)
         return tuple(g if want else nothing(input) for g, want in zip(gradients, wanted, strict=True))

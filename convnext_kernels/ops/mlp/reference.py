@@ -80,7 +80,10 @@ def forward(
     recompute_hidden: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and where `save` asks for it the pre-activation [N, ..., hidden]; see `mlp`."""
+    """Output, in a residual's dtype if there is one, and where `save` asks for it the pre-activation [N, ..., hidden].
+
+    See `mlp`, where the residual has the input's dtype.
+    """
     rows, dtype = to_channels_last(input), input.dtype
     bias1, bias2 = (None if bias is None else bias.to(dtype) for bias in (bias1, bias2))
     pre_activation = linear(rows, weight1.to(dtype), bias1)
@@ -100,6 +103,7 @@ def forward(
         output = shortcut + branch if scale is None else torch.addcmul(shortcut, branch, scale)
     elif scale is not None:
         output = output * scale
+    dtype = dtype if residual is None else residual.dtype
     return from_channels_last(output.to(dtype)), pre_activation if save else nothing(input)
 
 

@@ -180,6 +180,11 @@ class Norm(NamedTuple):
     save: bool
 
 
+def _empty_output(rows: Tensor, residual: Tensor | None) -> Tensor:
+    """In the residual's dtype, if there is one."""
+    return rows.new_empty(rows.shape, dtype=None if residual is None else residual.dtype)
+
+
 def _fused_forward(
     input: Tensor,
     weight1: Tensor,
@@ -198,7 +203,7 @@ def _fused_forward(
         raise ValueError(
             f"input: got {channels(input)} channels of {input.dtype}; accepted: what `takes_one_kernel` does"
         )
-    output, tokens = rows.new_empty(rows.shape), rows.numel() // rows.shape[-1]
+    output, tokens = _empty_output(rows, residual), rows.numel() // rows.shape[-1]
     save, drop = norm is not None and norm.save, drop_path(drop_path_factor, tokens_per_image(rows))
     normalized = torch.empty_like(rows) if save else None
     rstd = empty_statistic(rows) if save else None
@@ -322,7 +327,7 @@ def forward(
             image_scale = ImageScale(scales, grn_bias)
         else:
             hidden, _ = response_norm.forward(images, grn_weight, grn_bias, grn_eps)
-    output = rows.new_empty(rows.shape)
+    output = _empty_output(rows, residual)
     matmul(
         matrix(hidden.view(count, hidden_width)),
         matrix(weight2.to(dtype)).transposed,
