@@ -48,25 +48,6 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements. Lane 8 i + r passes the 16-byte row r of matrix i; lane 4 g + q gets, of each
-// matrix, elements 2 q and 2 q + 1 of row g.
-template <typename T>
-__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&fragments)[4], SharedPointer<T> row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// As ldmatrix_x4, each matrix transposed: lane 4 g + q gets elements g of rows 2 q and 2 q + 1.
-template <typename T>
-__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&fragments)[4], SharedPointer<T> row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // d += a b with a [16, 16], b [16, 8] of T (__half or __nv_bfloat16) and d [16, 8] of float. Lane 4 g + q holds, two
 // elements to a register, the lower column (of b: row) in its lower half:
 //   a[0], a[1], a[2], a[3]: columns 2 q, 2 q + 1 of row g, of row g + 8, then columns 2 q + 8, 2 q + 9 of both rows

@@ -224,20 +224,6 @@ __global__ void left_behind(bool planted, float const* input, float* output) {
   output[i] = tile[t];
 }
 
-// Four 8x8 matrices, one behind the other: what each lane gets, as it is and transposed.
-__global__ void ldmatrix(bool, uint4 const* input, std::uint32_t* output) {
-  __shared__ ck::SharedArray<uint4, 32> rows;
-  int const t = threadIdx.x;
-  rows[t] = input[t];
-  __syncwarp();
-  std::uint32_t fragments[2][4];
-  ck::ldmatrix_x4<uint4>(fragments[0], rows + t);
-  ck::ldmatrix_x4_transposed<uint4>(fragments[1], rows + t);
-  for (int i = 0; i < 8; ++i) {
-    output[8 * t + i] = fragments[i / 4][i % 4];
-  }
-}
-
 // a [16, 16], b [16, 8] -> c + a b, c and the product [16, 8] of float; a and b of T, c = 1.
 template <typename T>
 __global__ void product(bool, std::uint16_t const* input, float* output) {
@@ -325,7 +311,6 @@ int main(int, char** arguments) {
       return run(fault.kernel, planted, fault.blocks, threads, count, count);
     }
   }
-  if (strcmp(name, "ldmatrix") == 0) return run(ldmatrix, false, 1, 32, 32, 256);
   if (strcmp(name, "product float16") == 0) return run(product<__half>, false, 1, 32, 384, 128);
   if (strcmp(name, "product bfloat16") == 0) return run(product<__nv_bfloat16>, false, 1, 32, 384, 128);
   if (strcmp(name, "round float16") == 0) return run(round_pairs<__half>, false, 1, 512, 1024, 512);

@@ -83,14 +83,6 @@ def test_a_block_finds_nothing_that_another_left_in_shared_memory(program):
         run(program, "left_behind", 1, given=values.tobytes())
 
 
-def test_ldmatrix(program):
-    matrices = np.random.default_rng(0).permutation(2**16)[:256].astype(np.uint16).reshape(4, 8, 8)
-    output = np.frombuffer(run(program, "ldmatrix", 0, given=matrices.tobytes()), np.uint16)
-    got = output.reshape(8, 4, 2, 4, 2)  # g, q, plain or transposed, matrix, element
-    expected = np.stack([matrices, matrices.transpose(0, 2, 1)]).reshape(2, 4, 8, 4, 2)  # which, matrix, g, q, element
-    assert np.array_equal(got.transpose(2, 3, 0, 1, 4), expected)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mma_is_the_matrix_product(program, dtype):
     a, b = (torch.from_numpy(x).to(DTYPES[dtype]) for x in np.split(random_floats(24, 16), [16]))

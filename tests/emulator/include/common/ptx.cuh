@@ -35,34 +35,6 @@ std::uint32_t rounded_bits(float value) {
   }
 }
 
-template <typename T>
-struct MatrixRow {
-  Pointer<T> row;
-  std::uint32_t (&fragments)[4];
-};
-
-// Both layouts of ldmatrix: each lane reads the two elements that it gets, out of the rows that the warp's lanes pass.
-template <typename T>
-void ldmatrix_x4(std::uint32_t (&fragments)[4], Pointer<T> row, bool transposed, Site site) {
-  MatrixRow<T> operand{row, fragments};
-  block.collective(all_lanes, operand, site, [transposed](MatrixRow<T>** lanes) {
-    int const first_thread = block.current->number - lane();
-    for (int index = 0; index < 4 * warp_size; ++index) {
-      int const receiver = index % warp_size, matrix = index / warp_size, g = receiver / 4, q = receiver % 4;
-      std::uint16_t elements[2];
-      for (int i = 0; i < 2; ++i) {
-        int const row_index = transposed ? 2 * q + i : g, column = transposed ? g : 2 * q + i;
-        Pointer<T> const source = lanes[8 * matrix + row_index]->row;
-        if (source.offset() % 16 != 0) {
-          report("misaligned: ldmatrix is given a row at byte %td of shared memory", source.offset());
-        }
-        source.region()->read(*block.threads[first_thread + receiver], source.offset() + 2 * column, &elements[i], 2);
-      }
-      lanes[receiver]->fragments[matrix] = elements[0] | static_cast<std::uint32_t>(elements[1]) << 16;
-    }
-  });
-}
-
 struct MmaOperand {
   float (&d)[4];
   std::uint32_t const (&a)[4];
@@ -110,18 +82,6 @@ void cp_async_wait() {
       copy.land();
     }
   }
-}
-
-template <typename T>
-void ldmatrix_x4(std::uint32_t (&fragments)[4], SharedPointer<T> row, char const* file = __builtin_FILE(),
-                 int line = __builtin_LINE()) {
-  emulator::ldmatrix_x4(fragments, row, false, {file, line});
-}
-
-template <typename T>
-void ldmatrix_x4_transposed(std::uint32_t (&fragments)[4], SharedPointer<T> row, char const* file = __builtin_FILE(),
-                            int line = __builtin_LINE()) {
-  emulator::ldmatrix_x4(fragments, row, true, {file, line});
 }
 
 template <typename T>
