@@ -33,7 +33,7 @@ def _fragment_b(bits: int) -> Array:
     """Places in a matrix of 16 or 8 rows and 8 columns."""
     register, element = np.arange(2)[:, None], np.arange(32 // bits)
     row = PAIR[:, None, None] * len(element) + element + 4 * len(element) * register
-    return row * 8 + ROW[:, None, None] + 0 * row
+    return row * 8 + ROW[:, None, None]
 
 
 @cache
