@@ -6,6 +6,7 @@ from convnext_kernels.backends import use_backend
 from convnext_kernels.block import ConvNeXtBlock
 from convnext_kernels.build import __version__, build_info
 from convnext_kernels.checkpoints import load_checkpoint
+from convnext_kernels.flops import register_flop_formulas
 from convnext_kernels.folding import FoldReport, fold_
 from convnext_kernels.functional import explain
 from convnext_kernels.graphs import graphed
@@ -25,6 +26,7 @@ __all__ = [
     "graphed",
     "list_models",
     "load_checkpoint",
+    "register_flop_formulas",
     "restore",
     "use_backend",
 ]
