@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from emulator import emulated
+from ptx import running
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,8 @@ from convnext_kernels import parity
 from convnext_kernels.backends import machine_reasons
 
 DTYPES = list(parity.DTYPES.values())
+INTERPRETED_DTYPES = tuple(DTYPES) if running.chosen() else (torch.float32, torch.float16)
+"""Triton's interpreter multiplies bfloat16 as integers; what it compiles to is run for all."""
 ACTIVATIONS = ("input", "residual")
 """Arguments that lie in memory as images or tokens; all other tensors are parameters."""
 

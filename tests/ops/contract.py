@@ -13,6 +13,7 @@ from support import (
     BACKENDS,
     DTYPES,
     INTERPRETED,
+    INTERPRETED_DTYPES,
     OperatorCalls,
     arguments_of,
     assert_accurate,
@@ -31,9 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnext_kernels import parity
 from convnext_kernels.functional import OPERATORS
-
-INTERPRETED_DTYPES = tuple(DTYPES) if running.chosen() else (torch.float32, torch.float16)
-"""Triton's interpreter multiplies bfloat16 as integers; what it compiles to is run for all."""
 
 BAD_INPUTS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "integers": (Tensor.int, TypeError, r"dtype torch.int32; accepted: float16, bfloat16, float32, float64"),

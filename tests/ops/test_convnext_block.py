@@ -4,9 +4,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from contract import INTERPRETED_DTYPES, Contract
+from contract import Contract
 from support import (
     DTYPES,
+    INTERPRETED_DTYPES,
     OperatorCalls,
     arguments_of,
     assert_accurate,
