@@ -78,6 +78,14 @@ class TestBlock(Contract):
             results.pop("output")
         assert_accurate(ours, theirs, exact, torch.float16)
 
+    @torch.autocast("cpu", torch.bfloat16)
+    def test_float32_residual_is_registered_and_compiles(self, example):
+        arguments = {**arguments_of(example), "float32_residual": True}
+        self.opcheck(arguments, "reference")
+        torch._dynamo.reset()
+        compiled = torch.compile(self.function, fullgraph=True, backend="aot_eager")
+        assert_same(evaluate(compiled, arguments), evaluate(self.function, arguments))
+
     def test_float32_residual_rests_without_autocast(self, example):
         arguments = arguments_of(example, torch.bfloat16)
         with_it, without = (self.on("reference", float32_residual=keeps) for keeps in (True, False))

@@ -124,6 +124,8 @@ class Machine:
                     break
             if place < end:
                 self._wait(waiting, place, np.ones(self.count, bool) if mask is None else mask)
+        if self.shared.copies or self.shared.products:
+            raise Fault(f"missing wait: a block has ended with copies or products under way, in {self.program.name}")
 
     @staticmethod
     def _wait(waiting: dict[int, Array], place: int, mask: Array) -> None:

@@ -248,7 +248,7 @@ RIGHT = {
     "exchange twice": f"{PUT} bar.sync 0; {OTHERS} bar.sync 0; st.shared.b32 [%r3], %r2; bar.sync 0; {OTHERS}",
     "copy": f"{COPY} cp.async.commit_group; cp.async.wait_group 0; bar.sync 0; {OTHERS}",
     "second copy": f"{COPY} cp.async.commit_group; {COPY.replace('%r3 + 0', '%r3 + 256')} cp.async.commit_group;"
-    f" cp.async.wait_group 1; bar.sync 0; {OTHERS}",
+    f" cp.async.wait_group 1; bar.sync 0; {OTHERS} cp.async.wait_group 0;",
 }
 FAULTS = {
     "no barrier": (f"{PUT} {OTHERS}", "race: reads what another warp wrote"),
@@ -267,6 +267,7 @@ FAULTS = {
         f"{COPY} cp.async.commit_group; cp.async.wait_group 1; bar.sync 0; {OTHERS}",
         "missing wait: reads what a copy",
     ),
+    "copy at the end": (f"{COPY} cp.async.commit_group; mov.b32 %r2, %r1;", "missing wait: a block has ended with"),
     "write below a copy": (f"{COPY} {PUT} mov.b32 %r2, %r1;", "missing wait: writes what a copy"),
     "never written": (f"{PUT} bar.sync 0; ld.shared.b32 %r2, [%r3+512];", "uninitialised"),
     "past shared memory": (f"{PUT} bar.sync 0; ld.shared.b32 %r2, [%r3+1000];", "out of bounds: byte 1252 of 1024"),
