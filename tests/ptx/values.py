@@ -15,7 +15,7 @@ Read = Callable[["Machine"], Array]
 
 KINDS: dict[str, Any] = {
     "pred": np.bool_,
-    **{f"{letter}{bits}": np.dtype(f"{name}{bits}") for bits in (8, 16, 32, 64) for letter, name in (("s", "int"),)},
+    **{f"s{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"{letter}{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64) for letter in "ub"},
     "f16": np.float16,
     "bf16": np.uint16,  # NumPy has none: its bits
