@@ -1,5 +1,6 @@
 """Which tiles products are computed in: for how many programs, and what they give."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -160,6 +161,24 @@ def test_the_largest_tiles_give_the_same(tiles):
     case = parity.Case("mlp", "2x256x5x3", {**images, **layers, **vectors})
     assert matmul_config(256, 1024, 16, Kind.PLAIN, 0, 90) == matmul_configs.TALL
     assert_parity(case, torch.float16, device_of("triton"), "triton")
+
+
+@pytest.mark.parametrize("part_bytes", [32, 256])
+def test_an_epilogue_in_parts_gives_the_same(monkeypatch, part_bytes):
+    """In one, and in eight of which the last two lie behind the 96 columns; pre-activations saved and recomputed."""
+    kernel = pytest.importorskip("convnext_kernels.ops.common.triton_matmul")
+    parts, launch = set(), kernel.launch
+
+    def launching(function, grid, *arguments, **options):
+        parts.add(options["BLOCK_N"] // options["PART_N"])
+        launch(function, grid, *arguments, **options)
+
+    monkeypatch.setattr(kernel, "launch", launching)
+    monkeypatch.setattr(kernel, "MATMUL", lambda tensor, *key: replace(matmul_configs.WIDE, part_bytes=part_bytes))
+    for case in parity.cases("mlp", small=True):
+        if case.name.startswith("2x96x5x3"):
+            assert_parity(case, torch.float16, device_of("triton"), "triton")
+    assert max(parts) == (8 if part_bytes == 32 else 1)
 
 
 @pytest.mark.parametrize(("channels", "tile"), [(96, "WIDE_SHALLOW"), (192, "BROAD_SHALLOW")])

@@ -19,7 +19,8 @@ from convnext_kernels.ops.common.tuning import Tunable
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """Tile of a program and its pipeline; the most registers that a thread may take, if not as many as it wants."""
+    """Tile of a program and its pipeline; the most registers that a thread may take, if not as many as it wants; and
+    how many bytes of a row the epilogue stores at a time."""
 
     block_m: int
     block_n: int
@@ -27,6 +28,7 @@ class MatmulConfig:
     warps: int
     stages: int
     registers: int | None = None
+    part_bytes: int = 128
 
 
 class Kind(IntEnum):
@@ -69,12 +71,20 @@ WIDE_OF_4 = MatmulConfig(block_m=128, block_n=128, block_k=32, warps=4, stages=4
 NARROW_OF_4 = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=4, stages=3)
 
 # Half the accumulators, for few columns and for what needs registers beside them. On sm_80 WIDE takes 255 registers and
-# spills with the derivative's epilogue (200 bytes), patches as output (5 KB) or 24 channels (152).
+# spills with patches as output (5 KB) or 24 channels (152).
 NARROW = MatmulConfig(block_m=128, block_n=64, block_k=64, warps=8, stages=3)
 # Half as deep for two products in one, whose 74 KB on sm_90 leave room for a second program beside the first, to
 # multiply during its epilogue, and for few steps: 96 channels are three whole ones.
 SHALLOW = MatmulConfig(block_m=128, block_n=64, block_k=32, warps=8, stages=3)
 SHALLOW_INNER = 256
+# Two products in one with mma.sync: 1.15 of the multiplication's clocks in shared memory, not 1.67, which limits where
+# memory does not, from about 128 channels on.
+FLAT_OF_4 = MatmulConfig(block_m=64, block_n=128, block_k=32, warps=4, stages=3)
+FLAT_INNER = 128
+
+# Of a derivative's epilogue, which reads the pre-activation and writes two results: with 128 up to 350 bytes spill
+# where two programs are to fit.
+DERIVATIVE_BYTES = 64
 
 # Where there are few programs: four for each of WIDE's, with half the bytes each.
 SMALL = MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4)
@@ -90,8 +100,8 @@ TF32_OF_8 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=8, stages=2)
 # float32 in full precision has no matrix instruction: operands and products stay in registers, so tiles are small. A
 # thread has 32 of the products; with 8, as in the small tile, shared memory takes 1.6 of their clocks on sm_80 and 3.3
 # on sm_90. Over tokens twice the depth spills 232 bytes.
-FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=2)
-FLOAT32_LONG = MatmulConfig(block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+FLOAT32 = MatmulConfig(block_m=64, block_n=64, block_k=32, warps=4, stages=2, part_bytes=256)
+FLOAT32_LONG = MatmulConfig(block_m=64, block_n=64, block_k=16, warps=4, stages=2, part_bytes=256)
 FLOAT32_SMALL = MatmulConfig(block_m=64, block_n=32, block_k=32, warps=8, stages=2)
 
 # Candidates may spill: what that costs is measured.
@@ -107,7 +117,8 @@ CANDIDATES = [
     SHALLOW,
     replace(SHALLOW, registers=TWO_PROGRAMS),
     replace(SHALLOW, stages=4),
-    MatmulConfig(block_m=64, block_n=128, block_k=64, warps=4, stages=3),
+    FLAT_OF_4,
+    replace(FLAT_OF_4, block_k=64),
     WIDE_SHALLOW,
     SMALL,
     SMALL_SHALLOW,
@@ -125,7 +136,7 @@ FLOAT32_CANDIDATES = [
     FLOAT32,
     FLOAT32_LONG,
     FLOAT32_SMALL,
-    MatmulConfig(block_m=128, block_n=64, block_k=16, warps=8, stages=2),
+    MatmulConfig(block_m=128, block_n=64, block_k=16, warps=8, stages=2, part_bytes=256),
     MatmulConfig(block_m=64, block_n=32, block_k=16, warps=8, stages=2),
 ]
 
@@ -187,8 +198,10 @@ def _loads_operands(architecture: int) -> bool:
 def _tf32_config(kind: int, architecture: int) -> MatmulConfig:
     if kind in (Kind.PATCHES, Kind.ELEMENTS):
         return TF32_OF_8
-    if kind in (Kind.DERIVATIVE, Kind.RECOMPUTED):
-        return TF32_SMALL
+    if kind == Kind.RECOMPUTED:
+        return TF32_SMALL if _loads_operands(architecture) else TF32_OF_4
+    if kind == Kind.DERIVATIVE:
+        return TF32_OF_4
     return TF32_OF_4 if _loads_operands(architecture) else TF32_WIDE
 
 
@@ -209,8 +222,9 @@ def _plain_config(columns: int, inner: int, architecture: int) -> MatmulConfig:
         # 192 columns are three times 64.
         half_empty = 0 < columns % 128 <= 64
         return NARROW_OF_4 if half_empty else WIDE_OF_4
-    large = architecture // 10 == 9 and columns > 64 and inner >= LONG_INNER
-    return TALL if large else _eight_warps(columns)
+    if architecture // 10 != 9 or columns <= 64:
+        return _eight_warps(columns)
+    return TALL if inner >= LONG_INNER else replace(WIDE, registers=TWO_PROGRAMS)
 
 
 def _scaled_config(columns: int, architecture: int) -> MatmulConfig:
@@ -218,6 +232,23 @@ def _scaled_config(columns: int, architecture: int) -> MatmulConfig:
     if architecture // 10 != 9 or columns <= 64:
         return _plain_config(columns, 0, architecture)
     return BROAD_SHALLOW if columns > 128 else WIDE_SHALLOW
+
+
+def _derivative_config(columns: int, inner: int, architecture: int) -> MatmulConfig:
+    if _loads_operands(architecture):
+        tile = _plain_config(columns, inner, architecture)
+    else:
+        tile = replace(_eight_warps(columns), registers=TWO_PROGRAMS)
+        if inner <= SHALLOW_INNER:
+            tile = replace(tile, block_k=32, stages=4)
+    return replace(tile, part_bytes=DERIVATIVE_BYTES)
+
+
+def _recomputed_config(inner: int, architecture: int) -> MatmulConfig:
+    if _loads_operands(architecture) and inner > FLAT_INNER:
+        return FLAT_OF_4
+    # On sm_120 that spills 200 bytes in the loop.
+    return SHALLOW if architecture // 10 == 12 else replace(SHALLOW, registers=TWO_PROGRAMS)
 
 
 def matmul_config(columns: int, inner: int, bits: int, kind: int, few: int, architecture: int) -> MatmulConfig:
@@ -241,11 +272,11 @@ def matmul_config(columns: int, inner: int, bits: int, kind: int, few: int, arch
         return _scaled_config(columns, architecture)
     if kind == Kind.PATCHES:
         return _eight_warps(columns)
-    tile = SHALLOW if kind == Kind.RECOMPUTED or inner <= SHALLOW_INNER else NARROW
-    # Derivatives take up to 186 registers where they are let, and up to 143 on sm_90. On sm_120 two products in one
-    # spill in the loop, 200 bytes, where they are not.
-    unlimited = kind == Kind.ELEMENTS or (kind == Kind.RECOMPUTED and architecture // 10 == 12)
-    return tile if unlimited else replace(tile, registers=TWO_PROGRAMS)
+    if kind == Kind.DERIVATIVE:
+        return _derivative_config(columns, inner, architecture)
+    if kind == Kind.RECOMPUTED:
+        return _recomputed_config(inner, architecture)
+    return SHALLOW if inner <= SHALLOW_INNER else NARROW
 
 
 def matmul_candidates(
@@ -256,10 +287,13 @@ def matmul_candidates(
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
     if kind in (Kind.PLAIN, Kind.SCALED) and columns > 64 and not few:
         return [*CANDIDATES, *BROAD_CANDIDATES, *([TALL] if kind == Kind.PLAIN else ())]
+    tiles = CANDIDATES
+    if kind == Kind.DERIVATIVE:
+        tiles = [*tiles, *(replace(tile, part_bytes=DERIVATIVE_BYTES) for tile in tiles if tile.block_n == 128)]
     if kind != Kind.RECOMPUTED and inner > SHALLOW_INNER:
-        return CANDIDATES
+        return tiles
     # Where they may be two products in one, larger tiles want more shared memory than there is, 241 KB on sm_90.
-    return [tile for tile in CANDIDATES if (tile.block_m + tile.block_n) * tile.block_k * tile.stages <= 49152]
+    return [tile for tile in tiles if (tile.block_m + tile.block_n) * tile.block_k * tile.stages <= 49152]
 
 
 def long_matmul_config(rows: int, columns: int, bits: int, kind: int, architecture: int) -> MatmulConfig:

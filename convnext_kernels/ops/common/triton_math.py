@@ -63,6 +63,27 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
+@triton.jit
+def in_parts(tile, PARTS: tl.constexpr):
+    """A tuple of so many tiles, a power of two: a tile's columns from left to right."""
+    if PARTS == 1:
+        parts = (tile,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+        parts = in_parts(left, PARTS // 2) + in_parts(right, PARTS // 2)
+    return parts
+
+
+@triton.jit
+def load_part(ptr, row_offsets, row_mask, first, end, COLUMNS: tl.constexpr):
+    """So many columns of rows, from the first on and before the end, if there is one."""
+    n = first + tl.arange(0, COLUMNS)
+    mask = row_mask[:, None]
+    if end is not None:
+        mask = mask & (n < end)[None, :]
+    return tl.load(ptr + (row_offsets[:, None] + n[None, :]), mask=mask, other=0.0)
+
+
 def gelu_form(activation: str, dtype: torch.dtype) -> str:
     """The FORM of an operator's activation ("gelu" or "gelu_tanh") for tensors of a dtype."""
     if activation == "gelu_tanh":

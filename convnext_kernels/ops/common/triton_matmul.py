@@ -22,7 +22,7 @@ from convnext_kernels.ops.common.matmul_configs import (
 )
 from convnext_kernels.ops.common.triton_drop_path import DropPath
 from convnext_kernels.ops.common.triton_images import ImageScale, images_of_tile, scale_images
-from convnext_kernels.ops.common.triton_math import dot, gelu, gelu_derivative, gelu_form
+from convnext_kernels.ops.common.triton_math import dot, gelu, gelu_derivative, gelu_form, in_parts, load_part
 
 
 class Matrix(NamedTuple):
@@ -59,7 +59,7 @@ class Epilogue(NamedTuple):
     or, with `derivative`, the product is multiplied by the activation's derivative at `pre_activation`, whose
     activation, times the factor of `drop_path`, goes to `hidden`. There the pre-activation may also be `recomputed`: a
     second product of the same shape, whose first operand has the first one's strides, plus the bias. Then column_scale
-    [columns] and the factor multiply, and `residual` is added.
+    [columns] and the factor multiply, and `residual` is added, where no pre-activation is read.
 
     With a drop_path rows are taken in its order: those of dropped images come last, are neither read nor multiplied,
     and 0 but for the residual. With `scale_tokens` false its factor does not multiply; with `write_dropped` false those
@@ -107,6 +107,19 @@ def _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE: tl.constexpr
         else:
             accumulator += bias
     return accumulator, second
+
+
+@triton.jit
+def _differentiate(sums, pre_activation, hidden_ptr, row_factor, offsets, mask, ACTIVATION: tl.constexpr):
+    """Sums times the activation's derivative; the activation itself, times rows' factor, is stored."""
+    # One that was recomputed is rounded as it would have been saved.
+    pre_activation = pre_activation.to(hidden_ptr.dtype.element_ty).to(tl.float32)
+    sums *= gelu_derivative(pre_activation, ACTIVATION)
+    hidden = gelu(pre_activation, ACTIVATION)
+    if row_factor is not None:
+        hidden *= row_factor[:, None]
+    tl.store(hidden_ptr + offsets, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
+    return sums
 
 
 @triton.jit
@@ -173,9 +186,14 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PART_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """See `Epilogue`. ORDERED: which dimension is tokens in the order of stochastic depth, "rows", "inner" or None."""
+    """See `Epilogue`. ORDERED: which dimension is tokens in the order of stochastic depth, "rows", "inner" or None.
+
+    The epilogue takes PART_N columns at a time: what it reads and results of all of them would take more registers than
+    there are beside the sums, or than two programs have.
+    """
     # Programs that share tiles of a and b run together, so that they find them in L2.
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     program, split = tl.program_id(0), tl.program_id(1)
@@ -191,14 +209,14 @@ def matmul_kernel(
     m_mask, n_mask = m < rows, n < columns
     start = split * inner_per_split
     end = min(start + inner_per_split, inner)
-    a_mask = m_mask
+    a_mask, row_factor = m_mask, None
     if ORDERED is not None:
         kept = tl.load(kept_ptr)
     if ORDERED == "rows":
         a_mask = m < kept
         end = tl.where(tile_m * BLOCK_M < kept, end, start)
         if factor_ptr is not None:
-            factor = tl.load(factor_ptr + m, mask=m_mask, other=0.0)
+            row_factor = tl.load(factor_ptr + m, mask=m_mask, other=0.0)
         m = tl.load(order_ptr + m, mask=m_mask, other=0)
     elif ORDERED == "inner":
         inner_per_split = tl.cdiv(tl.cdiv(kept, tl.num_programs(1)), BLOCK_K) * BLOCK_K
@@ -252,52 +270,70 @@ def matmul_kernel(
             b = tl.load(second_b_ptr + b_offsets, mask=k_mask[:, None] & n_mask[None, :], other=0.0)
             second = dot(a, b, second, PRECISION)
 
-    mask, kept_mask = m_mask[:, None] & n_mask[None, :], a_mask[:, None] & n_mask[None, :]
-    out_mask = mask if WRITE_DROPPED else kept_mask
     # Offsets of 32 bits from the tile's own, unless its rows are anywhere: a register less for each row of a thread.
     # With TF32 they spill 8 bytes on sm_80.
     if ORDERED == "rows" or FLOAT32:
-        tile, dense = 0, m.to(tl.int64)[:, None] * columns + n[None, :]
+        tile, row_offsets = 0, m.to(tl.int64) * columns
     else:
-        tile = tile_m.to(tl.int64) * BLOCK_M * columns
-        dense = tl.arange(0, BLOCK_M)[:, None] * columns + n[None, :]
-    if FLOAT32:
-        accumulator, second = _add_bias(accumulator, second, bias_ptr, n, n_mask, DERIVATIVE)
-    if scale_ptr is not None:
-        accumulator *= tl.load(scale_ptr)
-    if DERIVATIVE:
-        if second_a_ptr is None:
-            pre_activation = tl.load(pre_activation_ptr + tile + dense, mask=kept_mask, other=0.0).to(tl.float32)
-        else:
-            pre_activation = second.to(hidden_ptr.dtype.element_ty).to(tl.float32)  # as it would have been saved
-        accumulator *= gelu_derivative(pre_activation, ACTIVATION)
-        hidden = gelu(pre_activation, ACTIVATION)
-        if ORDERED == "rows" and factor_ptr is not None:
-            hidden *= factor[:, None]
-        tl.store(hidden_ptr + tile + dense, hidden.to(hidden_ptr.dtype.element_ty), mask=out_mask)
-    elif ACTIVATION is not None:
-        if pre_activation_ptr is not None:
-            tl.store(pre_activation_ptr + tile + dense, accumulator.to(pre_activation_ptr.dtype.element_ty), mask=mask)
-        accumulator = gelu(accumulator, ACTIVATION)
-    if column_scale_ptr is not None:
-        accumulator *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    if ORDERED == "rows":
-        if factor_ptr is not None:
-            accumulator *= factor[:, None]
-        accumulator = tl.where(a_mask[:, None], accumulator, 0.0)
-    if residual_ptr is not None:
-        accumulator += tl.load(residual_ptr + tile + dense, mask=mask, other=0.0).to(tl.float32)
-
+        tile, row_offsets = tile_m.to(tl.int64) * BLOCK_M * columns, tl.arange(0, BLOCK_M) * columns
     out_ptr += split.to(tl.int64) * rows * columns
     if OUT_PATCH > 0:
         out_rows = _row_offsets(m, 0, OUT_PATCH, patch_rows, patch_columns, height, width, channels)
-        tile, dense = 0, out_rows[:, None] + _column_offsets(n, 0, OUT_PATCH, width, channels)[None, :]
-    tl.store(out_ptr + tile + dense, accumulator.to(out_ptr.dtype.element_ty), mask=out_mask)
+    else:
+        out_ptr += tile
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr)
+    if hidden_ptr is not None:
+        hidden_ptr += tile
+    if pre_activation_ptr is not None:
+        pre_activation_ptr += tile
+    if residual_ptr is not None:
+        residual_ptr += tile
+    # What a part reads is loaded before the last one is stored, and under way meanwhile.
+    READS: tl.constexpr = residual_ptr is not None or (DERIVATIVE and second_a_ptr is None)
+    if READS:
+        read_ptr, read_mask = (pre_activation_ptr, a_mask) if DERIVATIVE else (residual_ptr, m_mask)
+        following = load_part(read_ptr, row_offsets, read_mask, tile_n * BLOCK_N, columns, PART_N)
+    PARTS: tl.constexpr = BLOCK_N // PART_N
+    accumulators, seconds = in_parts(accumulator, PARTS), in_parts(second, PARTS)
+    for part in tl.static_range(PARTS):
+        sums, pre_activation, first = accumulators[part], seconds[part], tile_n * BLOCK_N + part * PART_N
+        if READS:
+            read = following
+            if part + 1 < PARTS:
+                following = load_part(read_ptr, row_offsets, read_mask, first + PART_N, columns, PART_N)
+        n = first + tl.arange(0, PART_N)
+        n_mask, offsets = n < columns, row_offsets[:, None] + n[None, :]
+        mask = m_mask[:, None] & n_mask[None, :]
+        out_mask = mask if WRITE_DROPPED else a_mask[:, None] & n_mask[None, :]
+        if FLOAT32:
+            sums, pre_activation = _add_bias(sums, pre_activation, bias_ptr, n, n_mask, DERIVATIVE)
+        if scale_ptr is not None:
+            sums *= scale
+        if DERIVATIVE:
+            if second_a_ptr is None:
+                pre_activation = read
+            sums = _differentiate(sums, pre_activation, hidden_ptr, row_factor, offsets, out_mask, ACTIVATION)
+        elif ACTIVATION is not None:
+            if pre_activation_ptr is not None:
+                tl.store(pre_activation_ptr + offsets, sums.to(pre_activation_ptr.dtype.element_ty), mask=mask)
+            sums = gelu(sums, ACTIVATION)
+        if column_scale_ptr is not None:
+            sums *= tl.load(column_scale_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
+        if row_factor is not None:
+            sums *= row_factor[:, None]
+        if ORDERED == "rows":
+            sums = tl.where(a_mask[:, None], sums, 0.0)
+        if residual_ptr is not None:
+            sums += read.to(tl.float32)
+        if OUT_PATCH > 0:
+            offsets = out_rows[:, None] + _column_offsets(n, 0, OUT_PATCH, width, channels)[None, :]
+        tl.store(out_ptr + offsets, sums.to(out_ptr.dtype.element_ty), mask=out_mask)
     if row_sums_ptr is not None:  # noqa: SIM102 - this test is the compiler's, the next one the GPU's
         if tile_n == 0:
             # Without weights all columns are the same.
-            sums = _add_two_parts(row_sums, SUMS) if WEIGHTED and not FLOAT32 else tl.max(row_sums, axis=1)
-            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, sums, mask=m_mask)
+            total = _add_two_parts(row_sums, SUMS) if WEIGHTED and not FLOAT32 else tl.max(row_sums, axis=1)
+            tl.store(row_sums_ptr + split.to(tl.int64) * rows + m, total, mask=m_mask)
 
 
 GROUP_M = 8
@@ -324,6 +360,8 @@ def _launch(
         ordered = "rows" if row_sums is None else "inner"
     per_split = round_up(-(-inner // splits), config.block_k)
     tiles = -(-rows // config.block_m) * -(-columns // config.block_n)
+    # Partial sums have no epilogue.
+    part = config.block_n if row_sums is not None else min(config.block_n, config.part_bytes // out.tensor.itemsize)
     launch(
         matmul_kernel,
         (tiles, splits),
@@ -369,6 +407,7 @@ def _launch(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        PART_N=part,
         GROUP_M=GROUP_M,
         warps=config.warps,
         registers=config.registers,

@@ -14,23 +14,25 @@ WARPS = 8
 
 
 class Step(NamedTuple):
-    """Hidden channels of a step, and warps."""
+    """Hidden channels of a step, warps, and bytes of an output's row that are stored at a time."""
 
     hidden: int
     warps: int = WARPS
+    part_bytes: int = 128
 
 
-# By compute capability's first number: up to so many channels, which step. Where matrix instructions read registers
-# (sm_80, sm_120) every warp loads all weights from shared memory: with 8 warps that takes 1.4 of the multiplication's
-# clocks at 96 channels and 1.3 at 128, and one program fits; with 4 0.9, and two do, of 255 registers. At 128 channels
-# up to 104 bytes spill then, none in the loop; at 160 in the loop, or 232. At 160 channels 8 warps take 255 registers
-# with 64 hidden channels and 188 with 32. At 192, 48 to 96 bytes spill with 64, 8 with 32 (tanh); with 16 shared memory
-# takes 1.7 of the clocks: two products are predicted to be a quarter faster. sm_120 spills 8 bytes more. sm_90 and
-# sm_100 read weights from shared memory as they multiply, 145 KB of it at 192 channels, where sm_90 takes 217 to 255
-# registers. There a loop with 4 warps has 14% fewer instructions, which limit it at 96 channels, and two programs fit
-# with up to 255 registers; at 128 300 bytes spill so, and at 64 and fewer two programs of 8 warps fit.
+# By compute capability, or its first number: up to so many channels, which step. Where matrix instructions read
+# registers (sm_80, sm_120) every warp loads all weights from shared memory: with 8 warps that takes 1.4 of the
+# multiplication's clocks at 96 channels and 1.3 at 128 and 160, and one program fits; with 4 0.9, and two do, of 255
+# registers. From 128 channels on up to 128 bytes spill then where 128 of a row are stored at a time, with 64 up to 16;
+# sm_86 has no room for two at 160. At 192 4 warps spill up to 200 in the loop; with 8 and 16 hidden channels shared
+# memory takes 1.7 of the clocks, and two products are predicted to be a quarter faster. sm_90 and sm_100 read weights
+# from shared memory as they multiply, 145 KB of it at 192 channels. There a loop with 4 warps has 14% fewer
+# instructions, which limit it at 96 channels, and two programs fit with up to 255 registers; at 128 48 to 72 bytes
+# spill so, in the loop, and at 64 and fewer two programs of 8 warps fit.
 STEPS = {
-    8: {96: Step(64, 4), 128: Step(32, 4), 160: Step(32)},
+    80: {96: Step(64, 4), 160: Step(32, 4, 64)},
+    8: {96: Step(64, 4), 128: Step(32, 4, 64), 160: Step(32)},
     9: {64: Step(64), 96: Step(64, 4), 192: Step(64)},
     10: {192: Step(64)},
     12: {48: Step(32), 128: Step(64), 160: Step(32)},
@@ -39,7 +41,8 @@ STEPS = {
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Channels in two powers of two, the second one or 0, hidden channels of a step, tokens of a tile, and warps.
+    """Channels in two powers of two, the second one or 0, hidden channels of a step, tokens of a tile, warps, and bytes
+    of an output's row that are stored at a time.
 
     With `registers` a thread takes at most so many: with 128 two programs of 8 warps fit on a multiprocessor.
     """
@@ -50,6 +53,7 @@ class FusedConfig:
     tokens: int = TOKENS
     warps: int = WARPS
     registers: int | None = None
+    part_bytes: int = 128
 
 
 def fused_config(channels: int, architecture: int) -> FusedConfig | None:
@@ -60,11 +64,11 @@ def fused_config(channels: int, architecture: int) -> FusedConfig | None:
     low = 1 << (channels.bit_length() - 1)
     high = channels - low
     splits = low >= 32 and (high == 0 or (high >= 16 and high & (high - 1) == 0))
-    steps = STEPS.get(architecture // 10, {})
+    steps = STEPS.get(architecture) or STEPS.get(architecture // 10, {})
     step = next((step for widest, step in steps.items() if channels <= widest), None)
     if not splits or step is None:
         return None
-    return FusedConfig(low, high, step.hidden, warps=step.warps)
+    return FusedConfig(low, high, step.hidden, warps=step.warps, part_bytes=step.part_bytes)
 
 
 def fused_candidates(channels: int, architecture: int) -> list[FusedConfig | None]:

@@ -26,7 +26,7 @@ from convnext_kernels.ops.common.layouts import (
 from convnext_kernels.ops.common.matmul_configs import scales_operands
 from convnext_kernels.ops.common.triton_drop_path import drop_path
 from convnext_kernels.ops.common.triton_images import ImageScale
-from convnext_kernels.ops.common.triton_math import gelu, gelu_form
+from convnext_kernels.ops.common.triton_math import gelu, gelu_form, in_parts, load_part
 from convnext_kernels.ops.common.triton_matmul import Epilogue, long_matmul, matmul, matrix
 from convnext_kernels.ops.layer_norm.triton_kernel import affine
 from convnext_kernels.ops.mlp.configs import FUSED, FusedConfig
@@ -61,17 +61,33 @@ def _normalize(part, mean, rstd, weight_ptr, bias_ptr, normalized_ptr, tile, off
 
 
 @triton.jit
-def _finish(accumulator, bias_ptr, column_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, c):
-    """Stores some channels of the output: residual + factor * column_scale * (accumulator + bias), 0 where not kept."""
-    if bias_ptr is not None:
-        accumulator += tl.load(bias_ptr + c).to(tl.float32)[None, :]
-    if column_scale_ptr is not None:
-        accumulator *= tl.load(column_scale_ptr + c).to(tl.float32)[None, :]
-    if factor is not None:
-        accumulator = tl.where(kept, accumulator * factor[:, None], 0.0)
+def _finish(
+    sums, bias_ptr, column_scale_ptr, factor, residual_ptr, out_ptr, row_offsets, mask, kept, first, PART: tl.constexpr
+):
+    """Stores channels of the output from the first on: residual + factor * column_scale * (sums + bias), 0 where not
+    kept. Of as many at a time as a part has, which spares registers."""
+    # A part's residual is loaded before the last part is stored, and under way meanwhile.
+    COLUMNS: tl.constexpr = min(sums.shape[1], PART)
+    PARTS: tl.constexpr = sums.shape[1] // COLUMNS
+    parts = in_parts(sums, PARTS)
     if residual_ptr is not None:
-        accumulator += tl.load(residual_ptr + tile + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + tile + offsets, accumulator.to(out_ptr.dtype.element_ty), mask=mask)
+        following = load_part(residual_ptr, row_offsets, mask, first, None, COLUMNS)
+    for part in tl.static_range(PARTS):
+        accumulator, c = parts[part], tl.arange(0, COLUMNS) + (first + part * COLUMNS)
+        if residual_ptr is not None:
+            residual = following
+            if part + 1 < PARTS:
+                following = load_part(residual_ptr, row_offsets, mask, first + (part + 1) * COLUMNS, None, COLUMNS)
+        if bias_ptr is not None:
+            accumulator += tl.load(bias_ptr + c).to(tl.float32)[None, :]
+        if column_scale_ptr is not None:
+            accumulator *= tl.load(column_scale_ptr + c).to(tl.float32)[None, :]
+        if factor is not None:
+            accumulator = tl.where(kept[:, None], accumulator * factor[:, None], 0.0)
+        if residual_ptr is not None:
+            accumulator += residual.to(tl.float32)
+        places = row_offsets[:, None] + c[None, :]
+        tl.store(out_ptr + places, accumulator.to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -100,6 +116,7 @@ def fused_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """Walks over the hidden channels: a few of them at a time, for all channels of a tile of tokens.
 
@@ -111,20 +128,20 @@ def fused_kernel(
     # One 64-bit offset for the tile: with one for each element 128 channels spill 16 bytes on sm_80.
     tile = tl.program_id(0).to(tl.int64) * (BLOCK_T * CHANNELS)
     row, end = tl.arange(0, BLOCK_T), HIDDEN
-    mask, kept = t_mask[:, None], t_mask[:, None]
+    mask, kept = t_mask[:, None], t_mask
     if order_ptr is not None:
         count = tl.load(kept_ptr)
-        kept = (t < count)[:, None]
+        kept = t < count
         # One step at least: after a loop that may be skipped sm_90's products wait for one another in it.
         end = tl.where(tl.program_id(0) * BLOCK_T < count, HIDDEN, BLOCK_H)
         tile, row = 0, tl.load(order_ptr + t, mask=t_mask, other=0).to(tl.int64)
     offsets = row[:, None] * CHANNELS + low[None, :]
-    input_low = tl.load(input_ptr + tile + offsets, mask=kept, other=0.0)
+    input_low = tl.load(input_ptr + tile + offsets, mask=kept[:, None], other=0.0)
     sum_low, input_high = tl.zeros((BLOCK_T, LOW), dtype=tl.float32), None
     if HIGH > 0:
         high = LOW + tl.arange(0, HIGH)
         offsets_high = row[:, None] * CHANNELS + high[None, :]
-        input_high = tl.load(input_ptr + tile + offsets_high, mask=kept, other=0.0)
+        input_high = tl.load(input_ptr + tile + offsets_high, mask=kept[:, None], other=0.0)
         sum_high = tl.zeros((BLOCK_T, HIGH), dtype=tl.float32)
     if eps is not None:
         mean, rstd = _statistics(input_low, input_high, CHANNELS, eps)
@@ -164,11 +181,14 @@ def fused_kernel(
         # Volatile, that is again: kept over the loop 128 channels spill on sm_80.
         row = tl.load(order_ptr + t, mask=t_mask, other=0, volatile=True).to(tl.int64)
         factor = tl.load(factor_ptr + t, mask=t_mask, other=0.0)
-    offsets = row[:, None] * CHANNELS + low[None, :]
-    _finish(sum_low, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, low)
+    out_ptr, row_offsets = out_ptr + tile, row * CHANNELS
+    if residual_ptr is not None:
+        residual_ptr += tile
+    _finish(sum_low, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, row_offsets, t_mask, kept, 0, PART)
     if HIGH > 0:
-        offsets = row[:, None] * CHANNELS + high[None, :]
-        _finish(sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, tile, offsets, mask, kept, high)
+        _finish(
+            sum_high, bias2_ptr, layer_scale_ptr, factor, residual_ptr, out_ptr, row_offsets, t_mask, kept, LOW, PART
+        )
 
 
 class Norm(NamedTuple):
@@ -232,6 +252,7 @@ def _fused_forward(
         ACTIVATION=gelu_form(activation, rows.dtype),
         BLOCK_T=config.tokens,
         BLOCK_H=config.hidden,
+        PART=config.part_bytes // output.itemsize,
         warps=config.warps,
         registers=config.registers,
         num_stages=2,
