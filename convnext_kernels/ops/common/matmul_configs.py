@@ -55,9 +55,9 @@ TWO_PROGRAMS = 128
 # of shared memory, so that one program multiplies during the epilogue of the other.
 WIDE = MatmulConfig(block_m=128, block_n=128, block_k=64, warps=8, stages=3)
 # Twice the tile, three quarters of the bytes, alone on its multiprocessor: where the loop is long beside the epilogue.
-# On sm_100 TALL spills up to 280 bytes: not there.
+# On sm_100 TALL spills up to 280 bytes: not there. Its epilogue spills 152 with 128 bytes of a row at a time.
 BROAD = MatmulConfig(block_m=128, block_n=256, block_k=64, warps=8, stages=3)
-TALL = MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3)
+TALL = MatmulConfig(block_m=256, block_n=128, block_k=64, warps=8, stages=3, part_bytes=64)
 LONG_INNER = 1024
 # Where an operand is scaled, which passes through registers: less often, the broader the tile. Half as deep, so that
 # 128x256 takes 252 registers and of 128x128 two programs fit.
@@ -83,8 +83,9 @@ FLAT_OF_4 = MatmulConfig(block_m=64, block_n=128, block_k=32, warps=4, stages=3)
 FLAT_INNER = 128
 
 # Of a derivative's epilogue, which reads the pre-activation and writes two results: with 128 up to 350 bytes spill
-# where two programs are to fit.
+# where two programs are to fit, with 64 on sm_80 as many.
 DERIVATIVE_BYTES = 64
+DERIVATIVE_BYTES_OF_4 = 32
 
 # Where there are few programs: four for each of WIDE's, with half the bytes each.
 SMALL = MatmulConfig(block_m=64, block_n=64, block_k=64, warps=4, stages=4)
@@ -236,12 +237,9 @@ def _scaled_config(columns: int, architecture: int) -> MatmulConfig:
 
 def _derivative_config(columns: int, inner: int, architecture: int) -> MatmulConfig:
     if _loads_operands(architecture):
-        tile = _plain_config(columns, inner, architecture)
-    else:
-        tile = replace(_eight_warps(columns), registers=TWO_PROGRAMS)
-        if inner <= SHALLOW_INNER:
-            tile = replace(tile, block_k=32, stages=4)
-    return replace(tile, part_bytes=DERIVATIVE_BYTES)
+        return replace(_plain_config(columns, inner, architecture), part_bytes=DERIVATIVE_BYTES_OF_4)
+    tile = replace(_eight_warps(columns), registers=TWO_PROGRAMS, part_bytes=DERIVATIVE_BYTES)
+    return replace(tile, block_k=32, stages=4) if inner <= SHALLOW_INNER else tile
 
 
 def _recomputed_config(inner: int, architecture: int) -> MatmulConfig:
