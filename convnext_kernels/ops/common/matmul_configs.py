@@ -125,6 +125,7 @@ CANDIDATES = [
     SMALL_SHALLOW,
 ]
 BROAD_CANDIDATES = [BROAD, BROAD_SHALLOW]
+TALL_CANDIDATES = [TALL, replace(TALL, part_bytes=128)]
 TF32_CANDIDATES = [
     TF32_WIDE,
     TF32_OF_4,
@@ -284,10 +285,11 @@ def matmul_candidates(
     if bits != 16:
         return TF32_CANDIDATES if bits == TF32_BITS else FLOAT32_CANDIDATES
     if kind in (Kind.PLAIN, Kind.SCALED) and columns > 64 and not few:
-        return [*CANDIDATES, *BROAD_CANDIDATES, *([TALL] if kind == Kind.PLAIN else ())]
+        return [*CANDIDATES, *BROAD_CANDIDATES, *(TALL_CANDIDATES if kind == Kind.PLAIN else ())]
     tiles = CANDIDATES
     if kind == Kind.DERIVATIVE:
-        tiles = [*tiles, *(replace(tile, part_bytes=DERIVATIVE_BYTES) for tile in tiles if tile.block_n == 128)]
+        parts = (DERIVATIVE_BYTES, DERIVATIVE_BYTES_OF_4)
+        tiles = [*tiles, *(replace(tile, part_bytes=part) for tile in tiles if tile.block_n == 128 for part in parts)]
     if kind != Kind.RECOMPUTED and inner > SHALLOW_INNER:
         return tiles
     # Where they may be two products in one, larger tiles want more shared memory than there is, 241 KB on sm_90.
