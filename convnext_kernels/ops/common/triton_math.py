@@ -64,13 +64,34 @@ def dot(a, b, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _halves(tile):
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _quarters(tile):
+    left, right = _halves(tile)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
+
+
+@triton.jit
 def in_parts(tile, PARTS: tl.constexpr):
-    """A tuple of so many tiles, a power of two: a tile's columns from left to right."""
+    """A tuple of 1, 2, 4 or 8 tiles: a tile's columns from left to right."""
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4 or PARTS == 8)
+    # Not by recursion, on which Triton 3.4 does not end.
     if PARTS == 1:
         parts = (tile,)
+    elif PARTS == 2:
+        parts = _halves(tile)
+    elif PARTS == 4:
+        parts = _quarters(tile)
     else:
-        left, right = tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
-        parts = in_parts(left, PARTS // 2) + in_parts(right, PARTS // 2)
+        left, right = _halves(tile)
+        a, b, c, d = _quarters(left)
+        e, f, g, h = _quarters(right)
+        parts = (a, b, c, d, e, f, g, h)
     return parts
 
 
