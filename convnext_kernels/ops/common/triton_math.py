@@ -81,12 +81,12 @@ def in_parts(tile, PARTS: tl.constexpr):
     """A tuple of 1, 2, 4 or 8 tiles: a tile's columns from left to right."""
     tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4 or PARTS == 8)
     # Not by recursion, on which Triton 3.4 does not end.
-    if PARTS == 1:
-        parts = (tile,)
-    elif PARTS == 2:
+    if PARTS == 2:
         parts = _halves(tile)
     elif PARTS == 4:
         parts = _quarters(tile)
+    elif PARTS == 1:
+        parts = (tile,)
     else:
         left, right = _halves(tile)
         a, b, c, d = _quarters(left)

@@ -67,7 +67,7 @@ def _finish(
     """Stores channels of the output from the first on: residual + factor * column_scale * (sums + bias), 0 where not
     kept. Of as many at a time as a part has, which spares registers."""
     # A part's residual is loaded before the last part is stored, and under way meanwhile.
-    COLUMNS: tl.constexpr = PART if PART < sums.shape[1] else sums.shape[1]
+    COLUMNS: tl.constexpr = PART if sums.shape[1] > PART else sums.shape[1]
     PARTS: tl.constexpr = sums.shape[1] // COLUMNS
     parts = in_parts(sums, PARTS)
     if residual_ptr is not None:
