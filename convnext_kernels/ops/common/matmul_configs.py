@@ -246,7 +246,7 @@ def _derivative_config(columns: int, inner: int, architecture: int) -> MatmulCon
 def _recomputed_config(inner: int, architecture: int) -> MatmulConfig:
     if _loads_operands(architecture) and inner > FLAT_INNER:
         return FLAT_OF_4
-    # On sm_120 that spills 200 bytes in the loop.
+    # With that limit sm_120 spills 200 bytes in the loop.
     return SHALLOW if architecture // 10 == 12 else replace(SHALLOW, registers=TWO_PROGRAMS)
 
 
